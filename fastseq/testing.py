@@ -1,0 +1,463 @@
+"""Seeded inputs and the error budgets that tests and benchmarks share.
+
+Every tolerance of the project is decided here. Truth is a float64 reference; the yardstick is what
+torch's own kernel achieves in the dtype under test, so no tolerance is typed into a test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "LAYOUTS",
+    "LSTMCase",
+    "assert_close_to_reference",
+    "assert_matches",
+    "assert_results_close",
+    "edge_sizes",
+    "lstm_case",
+    "run_with_grads",
+    "with_layout",
+]
+
+# Roundings that follow the longest sum behind an element: the bias, the activation, the product
+# with another gate, the store. Sums themselves are covered by torch's error.
+_ROUNDINGS = 4
+
+
+def assert_close_to_reference(
+    actual: Tensor,
+    expected64: Tensor,
+    baseline: Tensor | None = None,
+    *,
+    what: str = "",
+    terms: int | None = None,
+) -> None:
+    """Assert error(actual) <= 2 x error(baseline) + rounding, in two norms.
+
+    Both the largest absolute error and the Frobenius norm of the error must keep the budget: the
+    first sees one wrong element among a million, the second a kernel that is a little worse
+    everywhere. Neither divides by single elements, because an element that cancels to nearly
+    nothing has no meaningful relative error.
+
+    With ``u`` the unit roundoff of ``actual.dtype``, N the number of finite elements and ``|.|``
+    either norm of the expected tensor, rounding is ``4 u |expected| u^(-1/(2N))``. The last factor
+    is about luck. N results can all be small against the terms they were summed from by a factor
+    d with a probability near d^N (and torch's N errors can all be small by chance likewise), so the
+    terms may be larger than the results by d = u^(-1/(2N)) with a probability near sqrt(u). It is
+    1.0001 for a tensor of 64K, 1.7 for 16 elements, 8 for 4; a single element is checked to half
+    its digits. A wrong gate, a missed bias or a stale row errs by 1e-3 of the tensor and more,
+    thousands of budgets in float32.
+
+    Args:
+        actual: result under test, any shape, floating dtype.
+        expected64: the truth, float64, same shape.
+        baseline: torch's result in the dtype of ``actual``, same shape. None where torch has
+            none to offer: the growth of rounding in a sum, sqrt(terms), then stands for it.
+        what: name of the tensor for the message.
+        terms: length of the longest sum behind one element, used only without a baseline;
+            by default the number of elements.
+
+    Raises:
+        AssertionError: shape, dtype, a NaN or infinity, or an error beyond the budget; names the
+            tensor, the error, the budget and the worst element. NaN and infinities must stand
+            exactly where the reference, rounded to the dtype, has them.
+
+    Source: the sqrt law of rounding in sums, Higham and Mary, A New Approach to Probabilistic
+    Rounding Error Analysis, 2019, theorem 3.1.
+    """
+    label = what or "tensor"
+    if actual.shape != expected64.shape:
+        raise AssertionError(
+            f"{label}: expected shape {list(expected64.shape)}, got {list(actual.shape)}"
+        )
+    if expected64.dtype != torch.float64:
+        raise AssertionError(f"{label}: the reference must be float64, got {expected64.dtype}")
+    if baseline is not None and (baseline.shape, baseline.dtype) != (actual.shape, actual.dtype):
+        raise AssertionError(
+            f"{label}: expected {baseline.dtype} {list(baseline.shape)} like torch, "
+            f"got {actual.dtype} {list(actual.shape)}"
+        )
+    dtype = actual.dtype
+    rounded = expected64.detach().cpu().to(dtype).double().flatten()
+    truth = expected64.detach().cpu().flatten()
+    got = actual.detach().cpu().double().flatten()
+    _assert_same_specials(got, rounded, actual.shape, label)
+
+    finite = rounded.isfinite()
+    torch_got = None if baseline is None else baseline.detach().cpu().double().flatten()
+    count = int(finite.sum())
+    if count == 0:
+        return
+    unit = torch.finfo(dtype).eps / 2
+    rounding = _ROUNDINGS * unit * unit ** (-0.5 / count)
+    if torch_got is None:
+        rounding *= math.sqrt(count if terms is None else terms)
+    # Flushing denormals to zero is not an error.
+    flushed = torch.finfo(dtype).smallest_normal
+
+    def error_of(values: Tensor) -> Tensor:
+        return torch.where(finite & values.isfinite(), (values - truth).abs(), 0.0)
+
+    error = error_of(got)
+    torch_error = torch.zeros_like(error) if torch_got is None else error_of(torch_got)
+    truth = torch.where(finite, truth, 0.0)
+    for norm, order, flush in (
+        ("largest", math.inf, flushed),
+        ("Frobenius", 2, flushed * math.sqrt(count)),
+    ):
+        size = float(torch.linalg.vector_norm(error, order))
+        yardstick = float(torch.linalg.vector_norm(torch_error, order))
+        own = rounding * float(torch.linalg.vector_norm(truth, order)) + flush
+        if size <= 2 * yardstick + own:
+            continue
+        worst = int(error.argmax())
+        said = "" if torch_got is None else f", torch {torch_got[worst]:.9g}"
+        raise AssertionError(
+            f"{label}: {norm} error {size:.3g} > budget {2 * yardstick + own:.3g} "
+            f"(2 x torch's {yardstick:.3g} + rounding {own:.3g}, {dtype}, {count} elements); "
+            f"worst at {_index(worst, actual.shape)}: "
+            f"got {got[worst]:.9g}, expected {truth[worst]:.9g}{said}"
+        )
+
+
+def _assert_same_specials(got: Tensor, want: Tensor, shape: torch.Size, label: str) -> None:
+    special = ~(got.isfinite() & want.isfinite())
+    same = (got == want) | (got.isnan() & want.isnan())
+    wrong = special & ~same
+    if wrong.any():
+        at = int(wrong.to(torch.uint8).argmax())
+        raise AssertionError(
+            f"{label}: expected {want[at]:.9g}, got {got[at]:.9g} at {_index(at, shape)}; "
+            f"{int(wrong.sum())} elements differ in being finite, infinite or NaN"
+        )
+
+
+def _index(flat: int, shape: torch.Size) -> list[int]:
+    index = []
+    for extent in reversed(shape):
+        index.append(flat % extent)
+        flat //= extent
+    return index[::-1]
+
+
+def assert_results_close(
+    actual: Mapping[str, Tensor | None],
+    expected64: Mapping[str, Tensor | None],
+    baseline: Mapping[str, Tensor | None] | None = None,
+    *,
+    what: str = "",
+) -> None:
+    """Apply :func:`assert_close_to_reference` to each named tensor; None must match None.
+
+    Args:
+        actual, expected64, baseline: results of :func:`run_with_grads`, equal names.
+        what: prefix for the message, usually the case.
+    """
+    if actual.keys() != expected64.keys():
+        raise AssertionError(f"{what}: expected {list(expected64)}, got {list(actual)}")
+    for name, truth in expected64.items():
+        label = f"{what} {name}".strip()
+        got = actual[name]
+        if got is None or truth is None:
+            if got is not truth:
+                raise AssertionError(f"{label}: expected {truth}, got {got}")
+            continue
+        yardstick = None if baseline is None else baseline[name]
+        assert_close_to_reference(got, truth, yardstick, what=label)
+
+
+def run_with_grads(
+    fn: Callable[..., object],
+    inputs: Mapping[str, Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    wrt: Collection[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> dict[str, Tensor | None]:
+    """Call ``fn`` and back-propagate fixed cotangents through it.
+
+    Args:
+        fn: called with the inputs in order, returns tensors in any nesting of tuples and lists.
+        inputs: tensors by name; strides are kept, storage is shared, ``.grad`` is left alone.
+        cotangents: one for each output, in order; None runs forward only, under ``no_grad``.
+        wrt: names to differentiate; by default every floating input.
+        names: names of the outputs; by default ``out0``, ``out1``, ...
+
+    Returns:
+        Outputs by name, then ``grad <input>`` for each of ``wrt`` (None where nothing flows).
+    """
+    if cotangents is None:
+        wrt = ()
+    elif wrt is None:
+        wrt = [name for name, t in inputs.items() if t.is_floating_point()]
+    leaves = {name: t.detach().requires_grad_(name in wrt) for name, t in inputs.items()}
+    with torch.set_grad_enabled(cotangents is not None):
+        outputs = list(_tensors(fn(*leaves.values())))
+    names = names or [f"out{i}" for i in range(len(outputs))]
+    results: dict[str, Tensor | None] = {
+        name: out.detach() for name, out in zip(names, outputs, strict=True)
+    }
+    if wrt:
+        flowing = [
+            (out, cotangent.to(out.dtype))
+            for out, cotangent in zip(outputs, cotangents or (), strict=True)
+            if out.requires_grad
+        ]
+        grads = torch.autograd.grad(
+            [out for out, _ in flowing],
+            [leaves[name] for name in wrt],
+            [cotangent for _, cotangent in flowing],
+            allow_unused=True,
+        )
+        results |= {f"grad {name}": grad for name, grad in zip(wrt, grads, strict=True)}
+    return results
+
+
+def _tensors(tree: object) -> Iterable[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for branch in tree:
+            yield from _tensors(branch)
+
+
+def assert_matches(
+    fn: Callable[..., object],
+    reference: Callable[..., object],
+    baseline: Callable[..., object] | None,
+    inputs: Mapping[str, Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    wrt: Collection[str] | None = None,
+    names: Sequence[str] | None = None,
+    what: str = "",
+) -> dict[str, Tensor | None]:
+    """Compare ``fn`` with ``reference`` in float64, ``baseline`` being torch in the same dtype.
+
+    Args:
+        fn, reference, baseline: called with the inputs in order, equal outputs.
+        inputs, cotangents, wrt, names: as in :func:`run_with_grads`; the reference gets them
+            in float64, so all three see the same numbers.
+        what: name of the case for the message.
+
+    Returns:
+        The results of ``fn``, outputs and gradients by name.
+    """
+    actual = run_with_grads(fn, inputs, cotangents, wrt=wrt, names=names)
+    exact = {
+        name: t.detach().double() if t.is_floating_point() else t for name, t in inputs.items()
+    }
+    exact_cotangents = None if cotangents is None else [c.double() for c in cotangents]
+    if cotangents is not None and wrt is None:
+        wrt = [name for name, t in inputs.items() if t.is_floating_point()]
+    truth = run_with_grads(reference, exact, exact_cotangents, wrt=wrt, names=names)
+    yardstick = None
+    if baseline is not None:
+        yardstick = run_with_grads(baseline, inputs, cotangents, wrt=wrt, names=names)
+    assert_results_close(actual, truth, yardstick, what=what)
+    return actual
+
+
+def edge_sizes(*widths: int, tile: int = 0) -> list[int]:
+    """Sizes at which loops over vectors go wrong: 1, small primes, width +-1, beyond one tile.
+
+    Args:
+        widths: vector widths in elements; by default 4, 8 and 16.
+        tile: extent of a blocked loop, 0 for none.
+    """
+    sizes = {1, 2, 3, 5, 13}
+    for width in widths or (4, 8, 16):
+        sizes |= {width - 1, width, width + 1}
+    if tile:
+        sizes |= {tile, tile + 1, 2 * tile + 3}
+    return sorted(size for size in sizes if size > 0)
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT if t.dim() > 1 else _strided(t)
+
+
+def _strided(t: Tensor) -> Tensor:
+    wide = torch.full((*t.shape, 2), math.nan, dtype=t.dtype, device=t.device)
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+def _offset(t: Tensor) -> Tensor:
+    flat = torch.full((t.numel() + 3,), math.nan, dtype=t.dtype, device=t.device)
+    flat[1 : 1 + t.numel()] = t.flatten()
+    return flat[1 : 1 + t.numel()].view(t.shape)
+
+
+def _sliced(t: Tensor) -> Tensor:
+    wide = torch.full((*t.shape[:-1], t.shape[-1] + 5), math.nan, dtype=t.dtype, device=t.device)
+    wide[..., 2 : 2 + t.shape[-1]] = t
+    return wide[..., 2 : 2 + t.shape[-1]]
+
+
+def _expanded(t: Tensor) -> Tensor:
+    return t[:1].expand_as(t)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "transposed": _transposed,
+    "strided": _strided,
+    "sliced": _sliced,
+    "offset": _offset,
+    "expanded": _expanded,
+}
+
+
+def with_layout(tensor: Tensor, layout: str) -> Tensor:
+    """The same values with other strides, NaN in every gap between them.
+
+    Args:
+        tensor: any shape, floating dtype.
+        layout: a key of ``LAYOUTS``: ``transposed`` swaps the last two dimensions in memory,
+            ``strided`` leaves a gap after each element, ``sliced`` around each row, ``offset``
+            starts one element into its storage, ``expanded`` repeats the first entry of
+            dimension 0 with stride 0 (the only one whose values differ).
+    """
+    return LAYOUTS[layout](tensor.detach())
+
+
+@dataclass(frozen=True)
+class LSTMCase:
+    """Arguments, tensors and cotangents of one LSTM call; build it with :func:`lstm_case`.
+
+    ``inputs`` holds ``x``, then ``h0`` and ``c0`` unless absent, then the parameters under
+    torch's names in torch's order.
+    """
+
+    options: dict[str, object]
+    inputs: dict[str, Tensor]
+    cotangents: list[Tensor]
+    names = ("y", "h_n", "c_n")
+
+    def __str__(self) -> str:
+        shape = ",".join(map(str, self.inputs["x"].shape))
+        said = [f"{k}={v}" for k, v in self.options.items() if k not in ("input_size",)]
+        return f"lstm x[{shape}] {' '.join(said)}{'' if 'h0' in self.inputs else ' no-hx'}"
+
+    def functional(self, lstm: Callable[..., object], **more: object) -> Callable[..., object]:
+        """A function of the inputs that calls ``lstm`` by the signature of functional.lstm."""
+        options = {k: v for k, v in self.options.items() if k not in _MODULE_ONLY}
+        options["has_biases"] = options.pop("bias")
+        states = 2 if "h0" in self.inputs else 0
+
+        def call(x: Tensor, *rest: Tensor) -> object:
+            hx = (rest[0], rest[1]) if states else None
+            return lstm(x, hx, list(rest[states:]), **options, **more)
+
+        return call
+
+    def module(self, cls: Callable[..., torch.nn.Module]) -> Callable[..., object]:
+        """A function of the inputs that calls a ``cls`` module with these parameters."""
+        built = cls(**self.options)
+
+        def call(x: Tensor, *rest: Tensor) -> object:
+            values = dict(zip(self.inputs, (x, *rest), strict=True))
+            hx = (values.pop("h0"), values.pop("c0")) if "h0" in values else None
+            del values["x"]
+            return torch.func.functional_call(built, values, (x, hx))
+
+        return call
+
+    def build(self, cls: Callable[..., torch.nn.Module]) -> torch.nn.Module:
+        """A ``cls`` module that owns copies of these parameters."""
+        built = cls(**self.options, dtype=self.inputs["x"].dtype)
+        with torch.no_grad():
+            for name, parameter in built.named_parameters():
+                parameter.copy_(self.inputs[name])
+        return built
+
+    def map(self, change: Callable[[Tensor], Tensor], *names: str) -> LSTMCase:
+        """The same case with ``change`` applied to the named inputs (all, if none is named)."""
+        chosen = names or tuple(self.inputs)
+        unknown = set(chosen) - set(self.inputs)
+        if unknown:
+            raise ValueError(f"fastseq.testing: no input named {sorted(unknown)}")
+        changed = {n: change(t) if n in chosen else t for n, t in self.inputs.items()}
+        return replace(self, inputs=changed)
+
+    def to(self, dtype: torch.dtype) -> LSTMCase:
+        """The same numbers in another dtype, cotangents too."""
+        cotangents = [c.to(dtype) for c in self.cotangents]
+        return replace(self.map(lambda t: t.to(dtype)), cotangents=cotangents)
+
+
+_MODULE_ONLY = ("input_size", "hidden_size", "proj_size")
+
+
+def lstm_case(
+    T: int,
+    B: int | None,
+    I: int,  # noqa: E741
+    H: int,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    hx: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    scale: float = 1.0,
+) -> LSTMCase:
+    """Draw one LSTM call: parameters as torch initialises them, normal inputs and cotangents.
+
+    Args:
+        T, B, I, H: steps, rows (None for unbatched input), input and hidden size.
+        num_layers, bidirectional, bias, batch_first, dropout: as in torch.nn.LSTM.
+        hx: whether the initial state is given.
+        dtype: drawn in float32 and converted, so that all dtypes at and above see equal numbers.
+        seed: of a private generator; torch's global stream is left alone.
+        scale: multiplies the parameters; above about 10 the gates saturate.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = 2 if bidirectional else 1
+    rows = () if B is None else (B,)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    bound = scale / math.sqrt(H)
+
+    def uniform(*shape: int) -> Tensor:
+        return ((torch.rand(*shape, generator=generator) * 2 - 1) * bound).to(dtype)
+
+    def sequence(features: int) -> Tensor:
+        leading = (*rows, T) if batch_first else (T, *rows)
+        return normal(*(leading if rows else (T,)), features)
+
+    states = (num_layers * directions, *rows, H)
+    inputs = {"x": sequence(I)}
+    if hx:
+        inputs |= {"h0": normal(*states), "c0": normal(*states)}
+    for layer in range(num_layers):
+        for side in ("", "_reverse")[:directions]:
+            width = I if layer == 0 else H * directions
+            inputs[f"weight_ih_l{layer}{side}"] = uniform(4 * H, width)
+            inputs[f"weight_hh_l{layer}{side}"] = uniform(4 * H, H)
+            if bias:
+                inputs[f"bias_ih_l{layer}{side}"] = uniform(4 * H)
+                inputs[f"bias_hh_l{layer}{side}"] = uniform(4 * H)
+    options = {
+        "input_size": I,
+        "hidden_size": H,
+        "num_layers": num_layers,
+        "bias": bias,
+        "batch_first": batch_first,
+        "dropout": dropout,
+        "bidirectional": bidirectional,
+    }
+    cotangents = [sequence(H * directions), normal(*states), normal(*states)]
+    return LSTMCase(options, inputs, cotangents)
