@@ -58,10 +58,12 @@ def assert_close_to_reference(
         actual: result under test, any shape, floating dtype.
         expected64: the truth, float64, same shape.
         baseline: torch's result in the dtype of ``actual``, same shape. None where torch has
-            none to offer: the growth of rounding in a sum, sqrt(terms), then stands for it.
+            none to offer: the growth of rounding in a sum, sqrt(terms), then stands for it. It
+            does so in float64 too, where the truth is rounded as often as torch's result, and
+            where the two may be the same arithmetic and so seem to be without error.
         what: name of the tensor for the message.
-        terms: length of the longest sum behind one element, used only without a baseline;
-            by default the number of elements.
+        terms: length of the longest sum behind one element, for that growth; by default the
+            number of elements.
 
     Raises:
         AssertionError: shape, dtype, a NaN or infinity, or an error beyond the budget; names the
@@ -96,7 +98,7 @@ def assert_close_to_reference(
         return
     unit = torch.finfo(dtype).eps / 2
     rounding = _ROUNDINGS * unit * unit ** (-0.5 / count)
-    if torch_got is None:
+    if torch_got is None or dtype == torch.float64:
         rounding *= math.sqrt(count if terms is None else terms)
     # Flushing denormals to zero is not an error.
     flushed = torch.finfo(dtype).smallest_normal
