@@ -1,0 +1,102 @@
+"""What the decoders share: teacher-forcing coins, the runs they cut a target into, guards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+"""(token [B, 1], hidden, cell) -> (logits [B, 1, V], hidden, cell, ...)."""
+
+
+def draw_coins(steps: int, teacher_forcing_ratio: float) -> list[bool]:
+    """Whether each of ``steps`` outputs is followed by the target's token (else by its argmax).
+
+    The draws from Python's ``random`` are those of the reference, in number and order.
+    """
+    return [bool(random.random() < teacher_forcing_ratio) for _ in range(steps)]
+
+
+def forced_runs(coins: Sequence[bool]) -> list[tuple[int, int]]:
+    """Cut the steps 1..T-1 into runs ``[start, stop)`` that only their first step can interrupt.
+
+    Inside a run every input is known beforehand; the first input of a run, but for the very
+    first, is the argmax of the run before. The last coin decides nothing.
+    """
+    last = len(coins) + 1
+    starts = [1, *(t + 1 for t in range(1, last - 1) if not coins[t - 1])] if coins else []
+    return list(zip(starts, [*starts[1:], last], strict=True))
+
+
+def run_tokens(token: Tensor, trg: Tensor, start: int, stop: int) -> Tensor:
+    """The inputs of a run: ``token`` [B, 1], then the target's; [B, stop - start]."""
+    return token if stop - start == 1 else torch.cat((token, trg[:, start : stop - 1]), dim=1)
+
+
+def decode_by_steps(
+    step: Step, trg: Tensor, coins: Sequence[bool], hidden: Tensor, cell: Tensor
+) -> Tensor:
+    """Logits [B, T-1, V] from one call of ``step`` a token, as the reference makes them."""
+    token, logits = trg[:, :1], []
+    for t, forced in enumerate(coins, start=1):
+        prediction, hidden, cell = step(token, hidden, cell)[:3]
+        logits.append(prediction)
+        token = trg[:, t : t + 1] if forced else prediction.argmax(2)
+    return torch.cat(logits, dim=1)
+
+
+def after_start(logits: Tensor | None, trg: Tensor, fc: nn.Linear) -> Tensor:
+    """Put the zeros of the given first position before the logits: [B, T, V]."""
+    zeros = fc.weight.new_zeros(trg.shape[0], 1, fc.out_features)
+    return zeros if logits is None else torch.cat((zeros, logits), dim=1)
+
+
+def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is ``kind.forward`` and nothing else.
+
+    False with a forward of its own (subclasses, quantised or adapted layers) and with hooks, which
+    is how pruning and the older weight_norm work: such a module has to be called.
+    """
+    return getattr(type(module), "forward", None) is kind.forward and not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def embed(embedding: nn.Module, tokens: Tensor, where: str) -> Tensor:
+    """Embed tokens; an id outside the vocabulary raises IndexError naming the range."""
+    try:
+        return embedding(tokens)
+    except IndexError as error:
+        raise IndexError(
+            f"fastseq.{where}: expected token ids in 0..{embedding.num_embeddings - 1}, "
+            f"got {int(tokens.min())} to {int(tokens.max())}"
+        ) from error
+
+
+def check_source(src: Tensor, where: str) -> None:
+    """Refuse sources without tokens, with the error type of the reference."""
+    if src.dim() and src.shape[-1] == 0:
+        raise RuntimeError(
+            f"fastseq.{where}: expected at least one source token a row, got {list(src.shape)}"
+        )
+
+
+def check_target(src: Tensor, trg: Tensor, where: str) -> None:
+    """Refuse targets that are not [B, at least 1], with the error types of the reference."""
+    if trg.dim() != 2:
+        raise ValueError(f"fastseq.{where}: expected trg of shape [B, T], got {list(trg.shape)}")
+    if trg.shape[1] == 0:
+        raise IndexError(
+            f"fastseq.{where}: expected a start token in each row of trg, got {list(trg.shape)}"
+        )
+    if src.dim() != 2 or src.shape[0] != trg.shape[0]:
+        raise RuntimeError(
+            f"fastseq.{where}: expected src of shape [B, S] with B = {trg.shape[0]} as in trg, "
+            f"got {list(src.shape)}"
+        )

@@ -1,0 +1,304 @@
+"""The attention encoder-decoder of :mod:`fastseq.reference.attention`, fast.
+
+Same names, constructors, parameters and results. The score's matrix is split into a query half and
+a key half, W [h; y] + b = W_q h + (W_k y + b), so that the keys are projected once a source; a step
+adds the query to them. Logits wait for one product until an input depends on them.
+
+Source: Bahdanau, Cho, Bengio 2015, "Neural Machine Translation by Jointly Learning to Align and
+Translate".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from fastseq import nn
+from fastseq.models._steps import (
+    Step,
+    after_start,
+    check_source,
+    check_target,
+    computes_as,
+    decode_by_steps,
+    draw_coins,
+    embed,
+    forced_runs,
+    run_tokens,
+)
+from fastseq.reference.attention import check_lengths, check_mask, length_mask
+
+__all__ = ["Attention", "Decoder", "Encoder", "Seq2Seq"]
+
+Attend = Callable[[Tensor], Tensor]
+"""query [B, H] -> weights [B, S]."""
+
+
+def _unless_full(lengths: Tensor | None, src: Tensor) -> Tensor | None:
+    """Checked lengths, or None where every row is full and nothing has to be masked."""
+    if lengths is None:
+        return None
+    check_lengths(lengths, src)
+    return None if bool((lengths == src.shape[1]).all()) else lengths
+
+
+class Encoder(nn.Module):
+    """Reads the source and returns every output of the LSTM and its last state."""
+
+    def __init__(self, vocab_size: int, embedding_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, embedding_dim)
+        self.lstm = nn.LSTM(embedding_dim, hidden_dim, batch_first=True)
+
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Encode a batch of sources.
+
+        Args:
+            x: token ids, [B, S], int64.
+            lengths: tokens in each row, [B], int64, between 1 and S; None: all rows are full.
+
+        Returns:
+            outputs: [B, S, H]; zero past a row's end.
+            (h, c): the state after each row's own last token, [1, B, H].
+
+        Raises:
+            IndexError: a token id outside the vocabulary.
+            RuntimeError: S = 0.
+            TypeError, ValueError: ``lengths`` of another kind, shape or range.
+        """
+        check_source(x, "models.attention.Encoder")
+        lengths = _unless_full(lengths, x)
+        emb = embed(self.embedding, x, "models.attention.Encoder")
+        if lengths is None:
+            return self.lstm(emb)
+        packed = pack_padded_sequence(emb, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        outputs, state = self.lstm(packed)
+        return pad_packed_sequence(outputs, batch_first=True, total_length=x.shape[1])[0], state
+
+
+class Attention(nn.Module):
+    """Additive attention: how much each source position matters to a decoder state."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.attn = nn.Linear(2 * hidden_dim, hidden_dim)
+        self.v = nn.Linear(hidden_dim, 1, bias=False)
+
+    def forward(
+        self, hidden: Tensor, encoder_outputs: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attention weights of one decoder state.
+
+        Args:
+            hidden: the query, [B, H].
+            encoder_outputs: [B, S, H]; has to be finite at masked positions too.
+            mask: [B, S], bool, True = attend; None: all. A row without any True has weights zero.
+
+        Returns:
+            Weights, [B, S]; each row sums to one.
+
+        Raises:
+            RuntimeError: ``hidden`` and ``encoder_outputs`` differ in B.
+            TypeError, ValueError: ``mask`` of another kind or shape.
+
+        Source: Bahdanau 2015, section 3.1 and appendix A.1.2.
+        """
+        if hidden.shape[0] != encoder_outputs.shape[0]:
+            raise RuntimeError(
+                "fastseq.models.attention.Attention: expected one query a row of encoder_outputs, "
+                f"got {list(hidden.shape)} for {list(encoder_outputs.shape)}"
+            )
+        return self.attend_to(encoder_outputs, mask)(hidden)
+
+    def split(self, encoder_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The query weights W_q [H, H], and the keys W_k y + b [B, S, H] of a source."""
+        weight = self.attn.weight
+        key_dim = encoder_outputs.shape[2]
+        query_weight, key_weight = weight.split((weight.shape[1] - key_dim, key_dim), dim=1)
+        return query_weight, F.linear(encoder_outputs, key_weight, self.attn.bias)
+
+    def attend_to(self, encoder_outputs: Tensor, mask: Tensor | None = None) -> Attend:
+        """Prepare a source: what is left is a function from query [B, H] to weights [B, S].
+
+        Arguments and errors are those of :meth:`forward`.
+        """
+        if mask is not None:
+            check_mask(mask, *encoder_outputs.shape[:2])
+        padding = None if mask is None else ~mask
+        whole = not computes_as(self.attn, nn.Linear)
+        query_weight, keys = (None, None) if whole else self.split(encoder_outputs)
+
+        def attend(hidden: Tensor) -> Tensor:
+            if whole:
+                query = hidden.unsqueeze(1).expand(-1, encoder_outputs.shape[1], -1)
+                energy = self.attn(torch.cat((query, encoder_outputs), dim=2))
+            else:
+                energy = F.linear(hidden, query_weight).unsqueeze(1) + keys
+            scores = self.v(energy.tanh()).squeeze(2)
+            if padding is None:
+                return F.softmax(scores, dim=1)
+            # Not -inf: it would make NaN, in the gradients too, of a row that is all padding.
+            scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
+            return F.softmax(scores, dim=1).masked_fill(padding, 0.0)
+
+        return attend
+
+
+class Decoder(nn.Module):
+    """Writes the target one token at a time, attending to the source before each."""
+
+    def __init__(
+        self, vocab_size: int, embedding_dim: int, hidden_dim: int, attention: Attention
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, embedding_dim)
+        self.attention = attention
+        self.lstm = nn.LSTM(embedding_dim + hidden_dim, hidden_dim, batch_first=True)
+        self.fc = nn.Linear(2 * hidden_dim, vocab_size)
+
+    def forward(
+        self,
+        input: Tensor,
+        hidden: Tensor,
+        cell: Tensor,
+        encoder_outputs: Tensor,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One step. For many steps on one source, :meth:`stepper` projects the keys only once.
+
+        Args:
+            input: the previous token ids, [B, 1], int64.
+            hidden, cell: state, [1, B, H]; the query is the state before this step.
+            encoder_outputs: [B, S, H].
+            mask: [B, S], bool, True = attend; None: all.
+
+        Returns:
+            prediction: logits, [B, 1, V].
+            hidden, cell: the new state, [1, B, H].
+            attn_weights: [B, 1, S].
+
+        Raises:
+            IndexError: a token id outside the vocabulary.
+            TypeError, ValueError: ``mask`` of another kind or shape.
+        """
+        return self.stepper(encoder_outputs, mask)(input, hidden, cell)
+
+    def stepper(self, encoder_outputs: Tensor, mask: Tensor | None = None) -> Step:
+        """Prepare a source: :meth:`forward` with its last two arguments given."""
+        attend = self._attend_to(encoder_outputs, mask)
+
+        def step(input: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
+            emb = embed(self.embedding, input, "models.attention.Decoder")
+            output, context, hidden, cell, weights = self._advance(
+                emb, hidden, cell, encoder_outputs, attend
+            )
+            return self.fc(torch.cat((output, context), dim=2)), hidden, cell, weights
+
+        return step
+
+    def decode(
+        self,
+        trg: Tensor,
+        coins: Sequence[bool],
+        hidden: Tensor,
+        cell: Tensor,
+        encoder_outputs: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the positions 1..T-1 of a target: the whole decoder loop.
+
+        Args:
+            trg: [B, T], int64; the first column is the start token.
+            coins: T-1 of them; True: the target's token follows that step, else its argmax.
+            hidden, cell: the encoder's state, [1, B, H].
+            encoder_outputs: [B, S, H].
+            mask: [B, S], bool, True = attend; None: all.
+
+        Returns:
+            Logits, [B, T-1, V].
+        """
+        attend = self._attend_to(encoder_outputs, mask)
+        token, logits = trg[:, :1], []
+        for start, stop in forced_runs(coins):
+            if logits:
+                token = logits[-1][:, -1:].argmax(2)
+            tokens = run_tokens(token, trg, start, stop)
+            outputs, contexts = [], []
+            for emb in embed(self.embedding, tokens, "models.attention.Decoder").split(1, dim=1):
+                output, context, hidden, cell, _ = self._advance(
+                    emb, hidden, cell, encoder_outputs, attend
+                )
+                outputs.append(output)
+                contexts.append(context)
+            states = torch.cat((torch.cat(outputs, dim=1), torch.cat(contexts, dim=1)), dim=2)
+            logits.append(self.fc(states))
+        return torch.cat(logits, dim=1)
+
+    def _attend_to(self, encoder_outputs: Tensor, mask: Tensor | None) -> Attend:
+        if computes_as(self.attention, Attention):
+            return self.attention.attend_to(encoder_outputs, mask)
+        return lambda hidden: self.attention(hidden, encoder_outputs, mask)
+
+    def _advance(
+        self, emb: Tensor, hidden: Tensor, cell: Tensor, encoder_outputs: Tensor, attend: Attend
+    ) -> tuple[Tensor, ...]:
+        weights = attend(hidden[-1]).unsqueeze(1)
+        context = torch.bmm(weights, encoder_outputs)
+        output, (hidden, cell) = self.lstm(torch.cat((emb, context), dim=2), (hidden, cell))
+        return output, context, hidden, cell, weights
+
+
+class Seq2Seq(nn.Module):
+    """Encoder and attention decoder with teacher forcing."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(
+        self,
+        src: Tensor,
+        trg: Tensor,
+        teacher_forcing_ratio: float = 0.5,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Decode as many steps as the target has, starting from its first token.
+
+        Args:
+            src: source token ids, [B, S], int64.
+            trg: target token ids, [B, T], int64; the first column is the start token.
+            teacher_forcing_ratio: probability that the target's own token follows a step, decided
+                by one ``random.random()`` a step for the whole batch, as in the reference.
+            lengths: tokens in each source row, [B], int64, between 1 and S; None: all are full.
+
+        Returns:
+            Logits, [B, T, V]; those of position 0, which is given, are zero.
+
+        Raises:
+            IndexError: a token id outside the vocabulary, or T = 0.
+            RuntimeError: S = 0, or ``src`` and ``trg`` differ in B.
+            TypeError, ValueError: ``lengths`` of another kind, shape or range.
+            ValueError: ``trg`` of another number of dimensions.
+        """
+        check_target(src, trg, "models.attention.Seq2Seq")
+        lengths = _unless_full(lengths, src)
+        encoder_outputs, (hidden, cell) = self.encoder(src, lengths)
+        mask = None
+        if lengths is not None:
+            mask = length_mask(lengths.to(encoder_outputs.device), src.shape[1])
+        coins = draw_coins(trg.shape[1] - 1, teacher_forcing_ratio)
+        decoder, logits = self.decoder, None
+        if coins and computes_as(decoder, Decoder):
+            logits = decoder.decode(trg, coins, hidden, cell, encoder_outputs, mask)
+        elif coins:
+            logits = decode_by_steps(
+                lambda *state: decoder(*state, encoder_outputs, mask), trg, coins, hidden, cell
+            )
+        return after_start(logits, trg, decoder.fc)

@@ -1,0 +1,137 @@
+"""The plain encoder-decoder of :mod:`fastseq.reference.plain`, fast.
+
+Same names, constructors, parameters and results. Steps whose inputs are known beforehand go through
+the LSTM as one sequence: with a teacher-forcing ratio of 1 the decoder is a single call.
+
+Source: Sutskever, Vinyals, Le 2014, "Sequence to Sequence Learning with Neural Networks".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastseq import nn
+from fastseq.models._steps import (
+    after_start,
+    check_source,
+    check_target,
+    computes_as,
+    decode_by_steps,
+    draw_coins,
+    embed,
+    forced_runs,
+    run_tokens,
+)
+
+__all__ = ["Decoder", "Encoder", "Seq2Seq"]
+
+
+class Encoder(nn.Module):
+    """Reads the source and returns the LSTM's last state."""
+
+    def __init__(self, vocab_size: int, embedding_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, embedding_dim)
+        self.lstm = nn.LSTM(embedding_dim, hidden_dim, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode a batch of sources.
+
+        Args:
+            x: token ids, [B, S], int64.
+
+        Returns:
+            h, c: hidden and cell state after the last token, [1, B, H].
+
+        Raises:
+            IndexError: a token id outside the vocabulary.
+            RuntimeError: S = 0.
+        """
+        check_source(x, "models.plain.Encoder")
+        _, (h, c) = self.lstm(embed(self.embedding, x, "models.plain.Encoder"))
+        return h, c
+
+
+class Decoder(nn.Module):
+    """Writes the target: from the previous tokens and the state to logits."""
+
+    def __init__(self, vocab_size: int, embedding_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, embedding_dim)
+        self.lstm = nn.LSTM(embedding_dim, hidden_dim, batch_first=True)
+        self.fc = nn.Linear(hidden_dim, vocab_size)
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Advance by the given tokens, any number of them, in one LSTM call.
+
+        Args:
+            x: token ids, [B, N], int64.
+            h, c: state, [1, B, H].
+
+        Returns:
+            logits: [B, N, V].
+            h, c: the new state, [1, B, H].
+
+        Raises:
+            IndexError: a token id outside the vocabulary.
+        """
+        outputs, (h, c) = self.lstm(embed(self.embedding, x, "models.plain.Decoder"), (h, c))
+        return self.fc(outputs), h, c
+
+    def decode(self, trg: Tensor, coins: Sequence[bool], h: Tensor, c: Tensor) -> Tensor:
+        """Logits of the positions 1..T-1 of a target.
+
+        Args:
+            trg: [B, T], int64; the first column is the start token.
+            coins: T-1 of them; True: the target's token follows that step, else its argmax.
+            h, c: the encoder's state, [1, B, H].
+
+        Returns:
+            Logits, [B, T-1, V].
+        """
+        token, logits = trg[:, :1], []
+        for start, stop in forced_runs(coins):
+            if logits:
+                token = logits[-1][:, -1:].argmax(2)
+            run, h, c = self.forward(run_tokens(token, trg, start, stop), h, c)
+            logits.append(run)
+        return torch.cat(logits, dim=1)
+
+
+class Seq2Seq(nn.Module):
+    """Encoder and decoder with teacher forcing."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, src: Tensor, trg: Tensor, teacher_forcing_ratio: float = 0.5) -> Tensor:
+        """Decode as many steps as the target has, starting from its first token.
+
+        Args:
+            src: source token ids, [B, S], int64.
+            trg: target token ids, [B, T], int64; the first column is the start token.
+            teacher_forcing_ratio: probability that the target's own token follows a step, decided
+                by one ``random.random()`` a step for the whole batch, as in the reference.
+
+        Returns:
+            Logits, [B, T, V]; those of position 0, which is given, are zero.
+
+        Raises:
+            IndexError: a token id outside the vocabulary, or T = 0.
+            RuntimeError: S = 0, or ``src`` and ``trg`` differ in B.
+            ValueError: ``trg`` of another number of dimensions.
+        """
+        check_target(src, trg, "models.plain.Seq2Seq")
+        h, c = self.encoder(src)
+        coins = draw_coins(trg.shape[1] - 1, teacher_forcing_ratio)
+        logits = None
+        if coins and computes_as(self.decoder, Decoder):
+            logits = self.decoder.decode(trg, coins, h, c)
+        elif coins:
+            logits = decode_by_steps(self.decoder, trg, coins, h, c)
+        return after_start(logits, trg, self.decoder.fc)
