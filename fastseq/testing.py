@@ -37,6 +37,7 @@ def assert_close_to_reference(
     *,
     what: str = "",
     terms: int | None = None,
+    samples: Iterable[Tensor] = (),
 ) -> None:
     """Assert error(actual) <= 2 x error(baseline) + rounding, in two norms.
 
@@ -64,6 +65,8 @@ def assert_close_to_reference(
         what: name of the tensor for the message.
         terms: length of the longest sum behind one element, for that growth; by default the
             number of elements.
+        samples: errors torch made on inputs nearby, for a tensor whose few independent elements
+            say little about the error torch is liable to; the largest counts.
 
     Raises:
         AssertionError: shape, dtype, a NaN or infinity, or an error beyond the budget; names the
@@ -86,66 +89,63 @@ def assert_close_to_reference(
             f"got {actual.dtype} {list(actual.shape)}"
         )
     dtype = actual.dtype
-    rounded = expected64.detach().cpu().to(dtype).double().flatten()
-    truth = expected64.detach().cpu().flatten()
-    got = actual.detach().cpu().double().flatten()
-    _assert_same_specials(got, rounded, actual.shape, label)
+    truth = expected64.detach().cpu()
+    rounded = truth.to(dtype).double()
+    got = actual.detach().cpu().double()
+    _assert_same_specials(got, rounded, label)
 
     finite = rounded.isfinite()
-    torch_got = None if baseline is None else baseline.detach().cpu().double().flatten()
     count = int(finite.sum())
     if count == 0:
         return
     unit = torch.finfo(dtype).eps / 2
     rounding = _ROUNDINGS * unit * unit ** (-0.5 / count)
-    if torch_got is None or dtype == torch.float64:
+    if baseline is None or dtype == torch.float64:
         rounding *= math.sqrt(count if terms is None else terms)
+    error = (got - truth).abs().where(finite, 0.0)
+    truth = truth.where(finite, 0.0)
+    torch_errors = [sample.detach().cpu().double() for sample in samples]
+    if baseline is not None:
+        torch_errors.append(baseline.detach().cpu().double() - truth)
+    torch_errors = [e.where(finite & e.isfinite(), 0.0) for e in torch_errors]
     # Flushing denormals to zero is not an error.
-    flushed = torch.finfo(dtype).smallest_normal
-
-    def error_of(values: Tensor) -> Tensor:
-        return torch.where(finite & values.isfinite(), (values - truth).abs(), 0.0)
-
-    error = error_of(got)
-    torch_error = torch.zeros_like(error) if torch_got is None else error_of(torch_got)
-    truth = torch.where(finite, truth, 0.0)
-    for norm, order, flush in (
-        ("largest", math.inf, flushed),
-        ("Frobenius", 2, flushed * math.sqrt(count)),
+    flush = torch.finfo(dtype).smallest_normal
+    for norm, order, floor in (
+        ("largest", math.inf, flush),
+        ("Frobenius", 2, flush * math.sqrt(count)),
     ):
         size = float(torch.linalg.vector_norm(error, order))
-        yardstick = float(torch.linalg.vector_norm(torch_error, order))
-        own = rounding * float(torch.linalg.vector_norm(truth, order)) + flush
-        if size <= 2 * yardstick + own:
+        own = rounding * float(torch.linalg.vector_norm(truth, order)) + floor
+        by_torch = max((float(torch.linalg.vector_norm(e, order)) for e in torch_errors), default=0)
+        if size <= 2 * by_torch + own:
             continue
-        worst = int(error.argmax())
-        said = "" if torch_got is None else f", torch {torch_got[worst]:.9g}"
+        at = _index(int(error.argmax()), actual.shape)
+        said = "" if baseline is None else f", torch {float(baseline[at]):.9g}"
         raise AssertionError(
-            f"{label}: {norm} error {size:.3g} > budget {2 * yardstick + own:.3g} "
-            f"(2 x torch's {yardstick:.3g} + rounding {own:.3g}, {dtype}, {count} elements); "
-            f"worst at {_index(worst, actual.shape)}: "
-            f"got {got[worst]:.9g}, expected {truth[worst]:.9g}{said}"
+            f"{label}: {norm} error {size:.3g} > budget {2 * by_torch + own:.3g} "
+            f"(2 x torch's {by_torch:.3g} + rounding {own:.3g}, {dtype}, {count} elements); "
+            f"worst at {list(at)}: got {got[at]:.9g}, expected {truth[at]:.9g}{said}"
         )
 
 
-def _assert_same_specials(got: Tensor, want: Tensor, shape: torch.Size, label: str) -> None:
+def _assert_same_specials(got: Tensor, want: Tensor, label: str) -> None:
     special = ~(got.isfinite() & want.isfinite())
     same = (got == want) | (got.isnan() & want.isnan())
     wrong = special & ~same
     if wrong.any():
-        at = int(wrong.to(torch.uint8).argmax())
+        at = _index(int(wrong.to(torch.uint8).argmax()), got.shape)
         raise AssertionError(
-            f"{label}: expected {want[at]:.9g}, got {got[at]:.9g} at {_index(at, shape)}; "
+            f"{label}: expected {want[at]:.9g}, got {got[at]:.9g} at {list(at)}; "
             f"{int(wrong.sum())} elements differ in being finite, infinite or NaN"
         )
 
 
-def _index(flat: int, shape: torch.Size) -> list[int]:
+def _index(flat: int, shape: torch.Size) -> tuple[int, ...]:
     index = []
     for extent in reversed(shape):
         index.append(flat % extent)
         flat //= extent
-    return index[::-1]
+    return tuple(index[::-1])
 
 
 def assert_results_close(
@@ -154,12 +154,14 @@ def assert_results_close(
     baseline: Mapping[str, Tensor | None] | None = None,
     *,
     what: str = "",
+    samples: Sequence[Mapping[str, Tensor | None]] = (),
 ) -> None:
     """Apply :func:`assert_close_to_reference` to each named tensor; None must match None.
 
     Args:
         actual, expected64, baseline: results of :func:`run_with_grads`, equal names.
         what: prefix for the message, usually the case.
+        samples: errors torch made on inputs nearby, by name.
     """
     if actual.keys() != expected64.keys():
         raise AssertionError(f"{what}: expected {list(expected64)}, got {list(actual)}")
@@ -171,7 +173,8 @@ def assert_results_close(
                 raise AssertionError(f"{label}: expected {truth}, got {got}")
             continue
         yardstick = None if baseline is None else baseline[name]
-        assert_close_to_reference(got, truth, yardstick, what=label)
+        nearby = [sample[name] for sample in samples]
+        assert_close_to_reference(got, truth, yardstick, what=label, samples=nearby)
 
 
 def run_with_grads(
@@ -242,6 +245,11 @@ def assert_matches(
 ) -> dict[str, Tensor | None]:
     """Compare ``fn`` with ``reference`` in float64, ``baseline`` being torch in the same dtype.
 
+    Torch's error on one input is one draw: where few elements are independent (H = 1, say), it is
+    small by chance once in some thousand tensors, even measured against torch itself. A result
+    beyond the budget is therefore judged again by the largest error torch makes on that input and
+    on eight others within 1 % of it, drawn from a fixed seed. A defect gains nothing from it.
+
     Args:
         fn, reference, baseline: called with the inputs in order, equal outputs.
         inputs, cotangents, wrt, names: as in :func:`run_with_grads`; the reference gets them
@@ -251,19 +259,43 @@ def assert_matches(
     Returns:
         The results of ``fn``, outputs and gradients by name.
     """
-    actual = run_with_grads(fn, inputs, cotangents, wrt=wrt, names=names)
-    exact = {
-        name: t.detach().double() if t.is_floating_point() else t for name, t in inputs.items()
-    }
-    exact_cotangents = None if cotangents is None else [c.double() for c in cotangents]
     if cotangents is not None and wrt is None:
         wrt = [name for name, t in inputs.items() if t.is_floating_point()]
-    truth = run_with_grads(reference, exact, exact_cotangents, wrt=wrt, names=names)
-    yardstick = None
-    if baseline is not None:
-        yardstick = run_with_grads(baseline, inputs, cotangents, wrt=wrt, names=names)
-    assert_results_close(actual, truth, yardstick, what=what)
+    exact_cotangents = None if cotangents is None else [c.double() for c in cotangents]
+
+    def truth_and_torch(values: Mapping[str, Tensor]) -> tuple[dict, dict | None]:
+        exact = {n: t.detach().double() if t.is_floating_point() else t for n, t in values.items()}
+        truth = run_with_grads(reference, exact, exact_cotangents, wrt=wrt, names=names)
+        if baseline is None:
+            return truth, None
+        return truth, run_with_grads(baseline, values, cotangents, wrt=wrt, names=names)
+
+    actual = run_with_grads(fn, inputs, cotangents, wrt=wrt, names=names)
+    truth, by_torch = truth_and_torch(inputs)
+    try:
+        assert_results_close(actual, truth, by_torch, what=what)
+    except AssertionError:
+        if baseline is None:
+            raise
+        samples = [
+            {n: None if near[n] is None else got[n].double() - near[n] for n in near}
+            for near, got in map(truth_and_torch, _nearby(inputs, 8))
+        ]
+        assert_results_close(actual, truth, by_torch, what=what, samples=samples)
     return actual
+
+
+def _nearby(inputs: Mapping[str, Tensor], count: int) -> Iterable[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def shaken(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        noise = torch.rand(t.shape, generator=generator) * 0.02 - 0.01
+        return (t.detach().double() * (1 + noise.to(t.device))).to(t.dtype)
+
+    for _ in range(count):
+        yield {name: shaken(t) for name, t in inputs.items()}
 
 
 def edge_sizes(*widths: int, tile: int = 0) -> list[int]:
