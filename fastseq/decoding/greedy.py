@@ -31,7 +31,7 @@ def greedy(
     mode is left as it is: call ``model.eval()`` first where that matters.
 
     Args:
-        model: of ``encoder(src, lengths)`` and ``decoder(token, hidden, cell, encoder_outputs, mask)``.
+        model: with the ``encoder`` and ``decoder`` of an attention Seq2Seq.
         src: source token ids, [B, S], int64.
         lengths: tokens in each source row, [B], int64, between 1 and S; None: all are full.
         max_length: the most tokens to decode.
