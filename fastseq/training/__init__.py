@@ -1,0 +1,1 @@
+"""Training the attention encoder-decoder on parallel text: what ``fastseq train`` runs."""

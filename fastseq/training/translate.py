@@ -1,0 +1,70 @@
+"""Translating text with a trained model, and scoring the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from fastseq.decoding import greedy
+from fastseq.training.checkpoint import Checkpoint
+from fastseq.training.data import make_pair, pad, plan
+from fastseq.training.vocabulary import BOS, EOS, detokenise, tokenise
+
+__all__ = ["bleu", "translate"]
+
+
+def translate(
+    checkpoint: Checkpoint,
+    lines: Sequence[str],
+    batch_size: int = 64,
+    max_length: int = 100,
+    device: str | torch.device = "cpu",
+) -> list[str]:
+    """Translate sentences greedily, with a progress bar if standard error is a terminal.
+
+    Args:
+        checkpoint: from training.
+        lines: a sentence each.
+        batch_size: sentences decoded together.
+        max_length: the most words a translation may have.
+        device: where to compute.
+
+    Returns:
+        A lower-case translation for each line, in their order; an empty one for a line without
+        words.
+    """
+    model = checkpoint.build().to(device).eval()
+    sources = [make_pair(checkpoint.source.encode(tokenise(line)), [])[0] for line in lines]
+    lengths = [len(source) for source in sources]
+    translations = [""] * len(lines)
+    with tqdm(total=len(lines), unit="sentence", leave=False, disable=None) as bar:
+        for indices in plan(lengths, batch_size):
+            rows = [sources[index] for index in indices]
+            decoded = greedy(
+                model,
+                pad(rows).to(device),
+                lengths=torch.tensor([len(row) for row in rows]),
+                max_length=max_length,
+                bos=BOS,
+                eos=EOS,
+            )
+            for index, ids in zip(indices, decoded.tolist(), strict=True):
+                # A source of nothing but <eos>.
+                if lengths[index] > 1:
+                    translations[index] = detokenise(checkpoint.target.decode(ids))
+            bar.update(len(indices))
+    return translations
+
+
+def bleu(translations: Sequence[str], references: Sequence[str]) -> str:
+    """Corpus BLEU without regard to case, as sacrebleu computes it, followed by its signature.
+
+    Source: Papineni et al. 2002; Post 2018, "A Call for Clarity in Reporting BLEU Scores".
+    """
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU(lowercase=True)
+    score = metric.corpus_score(translations, [references])
+    return f"{score.format(width=2)} {metric.get_signature()}"
