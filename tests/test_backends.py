@@ -1,0 +1,127 @@
+"""Which backend runs a call, why not the others, and what happens when one is forced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastseq
+from fastseq import _native, functional, nn
+from fastseq.testing import lstm_case
+
+native = pytest.mark.skipif(not _native.loaded(), reason=str(_native.why_not_loaded()))
+
+
+def lstm_and_input(dtype=torch.float32, **options):
+    module = nn.LSTM(4, 6, dtype=dtype, **options)
+    return module, torch.randn(5, 3, 4, dtype=dtype)
+
+
+# Options of the module, the backend that serves it, and what the sentence must say.
+CALLS = {
+    "float32": (dict(), "cpu", ""),
+    "float64": (dict(dtype=torch.float64), "cpu", ""),
+    "stacked": (dict(num_layers=2, dropout=0.3, bidirectional=True), "cpu", ""),
+    "no bias": (dict(bias=False, batch_first=True), "cpu", ""),
+    "projected": (dict(proj_size=3), "torch", "proj_size"),
+    "bfloat16": (dict(dtype=torch.bfloat16), "torch", "bfloat16"),
+    "float16": (dict(dtype=torch.float16), "torch", "float16"),
+    "meta": (dict(device="meta"), "torch", "meta"),
+}
+
+
+@native
+@pytest.mark.parametrize("name", CALLS)
+def test_explain_names_the_backend_and_the_reason(name):
+    options, backend, said = CALLS[name]
+    module, x = lstm_and_input(**options)
+    explanation = fastseq.explain(module, x.to(options.get("device", "cpu")))
+    assert explanation.backend == backend
+    assert said in str(explanation)
+    assert str(explanation).strip().endswith(".") or len(str(explanation)) > 10
+
+
+@native
+def test_explain_of_a_function():
+    case = lstm_case(5, 3, 4, 6)
+    params = [t for n, t in case.inputs.items() if n.startswith(("weight", "bias"))]
+    assert fastseq.explain(functional.lstm, case.inputs["x"], None, params).backend == "cpu"
+    half = [p.bfloat16() for p in params]
+    explanation = fastseq.explain(functional.lstm, case.inputs["x"].bfloat16(), None, half)
+    assert explanation.backend == "torch" and "bfloat16" in str(explanation)
+
+
+@native
+def test_explain_under_autocast():
+    module, x = lstm_and_input()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        explanation = fastseq.explain(module, x)
+    assert explanation.backend == "torch" and "autocast" in str(explanation)
+
+
+def test_explain_computes_nothing():
+    module, x = lstm_and_input(num_layers=2, dropout=0.5)
+    called = []
+    module.register_forward_hook(lambda *_: called.append(1))
+    state = torch.get_rng_state()
+    fastseq.explain(module, x)
+    assert torch.equal(state, torch.get_rng_state()) and not called
+
+
+def test_explain_of_something_unknown_says_so():
+    with pytest.raises((TypeError, ValueError), match="fastseq.explain: expected"):
+        fastseq.explain(torch.nn.Linear(3, 4), torch.randn(2, 3))
+
+
+def test_torch_backend_is_torchs_bits():
+    case = lstm_case(5, 3, 4, 6, num_layers=2)
+    fn, torch_lstm = case.functional(functional.lstm), case.module(torch.nn.LSTM)
+    with fastseq.use_backend("torch"):
+        y, h_n, c_n = fn(*case.inputs.values())
+        module, x = lstm_and_input()
+        assert fastseq.explain(module, x).backend == "torch"
+        assert "use_backend" in str(fastseq.explain(module, x))
+    expected = torch_lstm(*case.inputs.values())
+    assert torch.equal(y, expected[0])
+    assert torch.equal(h_n, expected[1][0]) and torch.equal(c_n, expected[1][1])
+
+
+@native
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call[1] == "torch"])
+def test_a_forced_backend_that_cannot_run_raises_the_sentence(name):
+    options, _, said = CALLS[name]
+    module, x = lstm_and_input(**options)
+    x = x.to(options.get("device", "cpu"))
+    with fastseq.use_backend("cpu"):
+        with pytest.raises((NotImplementedError, RuntimeError), match=said) as failure:
+            module(x)
+    assert "fastseq" in str(failure.value)
+    module(x)
+
+
+@native
+def test_a_forced_backend_that_can_run_runs():
+    module, x = lstm_and_input()
+    expected = module(x)[0]
+    with fastseq.use_backend("cpu"):
+        assert torch.equal(module(x)[0], expected)
+
+
+def test_the_choice_nests_and_is_restored_after_an_error():
+    module, x = lstm_and_input()
+    usual = fastseq.explain(module, x).backend
+    with fastseq.use_backend("torch"):
+        with fastseq.use_backend("auto"):
+            assert fastseq.explain(module, x).backend == usual
+        assert fastseq.explain(module, x).backend == "torch"
+        with pytest.raises(KeyError):
+            with fastseq.use_backend("auto"):
+                raise KeyError
+        assert fastseq.explain(module, x).backend == "torch"
+    assert fastseq.explain(module, x).backend == usual
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="fastseq.use_backend: expected .*auto.* got 'cuda9'"):
+        with fastseq.use_backend("cuda9"):
+            pass
