@@ -29,6 +29,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Text, Model, Training = (
+    functools.partial(typer.Option, rich_help_panel=panel)
+    for panel in ("Text", "Model", "Training")
+)
 Device = Annotated[
     str,
     typer.Option(
@@ -130,53 +134,47 @@ def demo(
 def train(
     context: typer.Context,
     train_source: Annotated[
-        str | None, typer.Option(help="Text to learn from, one sentence a line; plain or .gz.")
+        str | None, Text(help="Text to learn from, one sentence a line; plain or .gz.")
     ] = None,
-    train_target: Annotated[
-        str | None, typer.Option(help="Its translation, line for line.")
-    ] = None,
+    train_target: Annotated[str | None, Text(help="Its translation, line for line.")] = None,
     valid_source: Annotated[
-        str | None, typer.Option(help="Text to measure progress on, not learnt from.")
+        str | None, Text(help="Text to measure progress on, not learnt from.")
     ] = None,
-    valid_target: Annotated[
-        str | None, typer.Option(help="Its translation, line for line.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory for last.pt, best.pt and history.csv.",
-            show_default="with --resume, the directory of the checkpoint",
-        ),
-    ] = None,
-    epochs: Annotated[
-        int, typer.Option(min=1, help="Passes over the data, resumed ones counted.")
-    ] = Settings.epochs,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Sentence pairs a step.")
-    ] = Settings.batch_size,
-    embedding: Annotated[
-        int, typer.Option(min=1, help="Numbers that stand for a word.")
-    ] = Settings.embedding,
-    hidden: Annotated[
-        int, typer.Option(min=1, help="Width of the LSTMs and of the attention.")
-    ] = Settings.hidden,
-    learning_rate: Annotated[
-        float, typer.Option(min=0, help="Step size of Adam.")
-    ] = Settings.learning_rate,
-    clip: Annotated[
-        float, typer.Option(min=0, help="Largest norm of a step's gradients; 0: no limit.")
-    ] = Settings.clip,
+    valid_target: Annotated[str | None, Text(help="Its translation, line for line.")] = None,
     min_frequency: Annotated[
-        int,
-        typer.Option(min=1, help="Words that occur less often in the training text are <unk>."),
+        int, Text(min=1, help="Words that occur less often than this count as unknown.")
     ] = Settings.min_frequency,
     max_length: Annotated[
-        int,
-        typer.Option(min=1, help="Leave out training pairs with a side of more words than this."),
+        int, Text(min=1, help="Leave out training pairs with a side of more words than this.")
     ] = Settings.max_length,
+    limit: Annotated[
+        int | None,
+        Text(min=1, help="Use only the first lines of each file, to try things out; say 1000."),
+    ] = None,
+    embedding: Annotated[
+        int, Model(min=1, help="Numbers that stand for a word.")
+    ] = Settings.embedding,
+    hidden: Annotated[
+        int, Model(min=1, help="Width of the LSTMs and of the attention.")
+    ] = Settings.hidden,
+    reference: Annotated[
+        bool, Model("--reference", help="Train the plain PyTorch modules instead, to compare.")
+    ] = False,
+    epochs: Annotated[
+        int, Training(min=1, help="Passes over the data, resumed ones counted.")
+    ] = Settings.epochs,
+    batch_size: Annotated[
+        int, Training(min=1, help="Sentence pairs a step.")
+    ] = Settings.batch_size,
+    learning_rate: Annotated[
+        float, Training(min=0, help="Step size of Adam.")
+    ] = Settings.learning_rate,
+    clip: Annotated[
+        float, Training(min=0, help="Largest norm of a step's gradients; 0: no limit.")
+    ] = Settings.clip,
     teacher_forcing: Annotated[
         float,
-        typer.Option(
+        Training(
             min=0,
             max=1,
             help="How often the decoder is given the right last word instead of its own: 1 is "
@@ -184,12 +182,13 @@ def train(
         ),
     ] = Settings.teacher_forcing,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of weights, order and teacher forcing.")
+        int, Training(min=0, max=2**32 - 1, help="Of weights, order and teacher forcing.")
     ] = Settings.seed,
-    limit: Annotated[
-        int | None,
+    out: Annotated[
+        Path | None,
         typer.Option(
-            min=1, help="Use only the first N lines of each file, to try things out.", metavar="N"
+            help="Directory for last.pt, best.pt and history.csv.",
+            show_default="with --resume, the directory of the checkpoint",
         ),
     ] = None,
     resume: Annotated[
@@ -200,10 +199,6 @@ def train(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run in --out.")] = False,
-    reference: Annotated[
-        bool,
-        typer.Option("--reference", help="Train the plain PyTorch modules instead, to compare."),
-    ] = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
