@@ -247,7 +247,7 @@ def _show(result: DemoResult) -> None:
         highlight=False,
     )
     for picture in result.pictures:
-        console.print(f"Wrote {picture}", highlight=False)
+        console.print(f"Wrote {picture}", highlight=False, soft_wrap=True)
 
 
 def _figure(width: float, height: float):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,9 @@ def forced_runs(coins: Sequence[bool]) -> list[tuple[int, int]]:
     Inside a run every input is known beforehand; the first input of a run, but for the very
     first, is the argmax of the run before. The last coin decides nothing.
     """
-    last = len(coins) + 1
-    starts = [1, *(t + 1 for t in range(1, last - 1) if not coins[t - 1])] if coins else []
-    return list(zip(starts, [*starts[1:], last], strict=True))
+    end = len(coins) + 1
+    starts = [t for t in range(1, end) if t == 1 or not coins[t - 2]]
+    return list(pairwise([*starts, end]))
 
 
 def run_tokens(token: Tensor, trg: Tensor, start: int, stop: int) -> Tensor:

@@ -1,0 +1,37 @@
+"""The plain model: known inputs go through the LSTM as one sequence."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fastseq.testing import assert_close_to_reference
+
+
+@pytest.mark.parametrize(("ratio", "calls"), [(1.0, 1), (0.0, 6), (0.5, None)])
+def test_one_lstm_call_a_run(ratio, calls, make_pair):
+    _, model = make_pair("plain")
+    lengths = []
+    model.decoder.lstm.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    random.seed(1)
+    model(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64), ratio)
+    assert sum(lengths) == 6
+    if calls is None:
+        random.seed(1)
+        calls = 1 + sum(random.random() >= ratio for _ in range(5))
+        assert 1 < calls < 6
+    assert len(lengths) == calls
+
+
+def test_many_tokens_at_once_are_the_tokens_one_by_one(make_pair):
+    tokens = torch.randint(11, (3, 6))
+    for model in make_pair("plain"):
+        h, c = model.encoder(tokens)
+        whole, *last = model.decoder(tokens, h, c)
+        for t in range(6):
+            logits, h, c = model.decoder(tokens[:, t : t + 1], h, c)
+            assert_close_to_reference(logits[:, 0], whole[:, t])
+        assert_close_to_reference(h, last[0])
+        assert_close_to_reference(c, last[1])
