@@ -1,0 +1,24 @@
+// C = A B, or C += A B: the deferred products of a recurrent layer's backward pass.
+#pragma once
+
+#include <cstdint>
+
+namespace fastseq {
+
+template <class T>
+struct Gemm {
+  int64_t M, N, K;
+  // A[m][k] at a + m * a_m + k * a_k: either may be 1.
+  const T* a;
+  int64_t a_m, a_k;
+  // Row k of B, contiguous in n: b_rows[k], or b + k * ldb where b_rows is null.
+  const T* const* b_rows;
+  const T* b;
+  int64_t ldb;
+  // Row m of C at c + m * ldc. May alias neither A nor B.
+  T* c;
+  int64_t ldc;
+  bool accumulate;
+};
+
+}  // namespace fastseq

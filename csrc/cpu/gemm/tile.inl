@@ -1,0 +1,70 @@
+// The register tile under every matrix product here: kRows rows of A by a few vectors of B.
+//
+// Each element is one chain of multiply-adds over k in ascending order, whatever the tile it falls
+// in. So results depend neither on how work is split among threads nor on the rows beside a row.
+
+// As many rows by four vectors as the registers hold beside the operands: 32 registers (AVX-512)
+// take 24 + 4 + 1, 16 take 12 + 4 (loads of A fold or rotate).
+#if FASTSEQ_VECTOR_BYTES == 64
+constexpr int kRows = 6;
+#elif FASTSEQ_VECTOR_BYTES == 32
+constexpr int kRows = 3;
+#else
+constexpr int kRows = 2;
+#endif
+constexpr int kPanelVectors = 4;
+template <class T>
+constexpr int kPanel = kPanelVectors * kLanes<T>;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A as separate rows, contiguous in k.
+template <class T>
+struct RowsOfA {
+  const T* const* rows;
+  FASTSEQ_INLINE T at(int m, int64_t k) const { return rows[m][k]; }
+};
+// A packed: for each k, its kRows values side by side.
+template <class T>
+struct PackedA {
+  const T* packed;
+  FASTSEQ_INLINE T at(int m, int64_t k) const { return packed[k * kRows + m]; }
+};
+
+// acc[m][v] += sum over k of A[m][k] * B[k][v]. B: panels of `Vectors` vectors a k, [K][Vectors *
+// lanes]; with Panels = 2 a second panel `panel_stride` elements on.
+template <class T, int Rows, int Vectors, int Panels, class A>
+FASTSEQ_INLINE void multiply(int64_t K, const A& a, const T* panel, int64_t panel_stride,
+                             Vec<T> (&acc)[Rows][Panels * Vectors]) {
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<T> b[Panels * Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Panels * Vectors; ++v) {
+      b[v] = load(panel + (v / Vectors) * panel_stride + (k * Vectors + v % Vectors) * kLanes<T>);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; ++m) {
+      const Vec<T> a_mk = broadcast(a.at(m, k));
+#pragma GCC unroll 8
+      for (int v = 0; v < Panels * Vectors; ++v) acc[m][v] += a_mk * b[v];
+    }
+  }
+}
+
+// Calls f(integral_constant-like<n>) for the n in [1, Max] that equals `value`.
+template <int N>
+struct Const {
+  static constexpr int value = N;
+};
+template <int Max, class F>
+FASTSEQ_INLINE void with_const(int value, const F& f) {
+  if constexpr (Max > 0) {
+    if (value == Max) {
+      f(Const<Max>{});
+    } else {
+      with_const<Max - 1>(value, f);
+    }
+  }
+}

@@ -1,0 +1,55 @@
+// Everything that is compiled once per instruction set. The including file has set
+// FASTSEQ_VECTOR_BYTES, FASTSEQ_TABLE and FASTSEQ_ISA_NAME; its compiler flags say the rest.
+#include "../kernels.h"
+#include "../support/scratch.h"
+
+#define FASTSEQ_INLINE inline __attribute__((always_inline))
+
+namespace fastseq {
+namespace {
+
+#include "../support/vec.inl"
+
+}  // namespace
+}  // namespace fastseq
+
+// After the vector maths, which its templates look up by name.
+#include "../../cell/lstm.h"
+
+namespace fastseq {
+namespace {
+
+#include "../gemm/tile.inl"
+
+#include "../gemm/gemm.inl"
+
+#include "../lstm/lstm.inl"
+
+template <class T>
+void map_sigmoid(const T* x, T* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const int lanes = int(min64(kLanes<T>, n - i));
+    store(y + i, sigmoid(load(x + i, lanes)), lanes);
+  }
+}
+
+template <class T>
+void map_tanh(const T* x, T* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const int lanes = int(min64(kLanes<T>, n - i));
+    store(y + i, tanh(load(x + i, lanes)), lanes);
+  }
+}
+
+template <class T>
+constexpr TypedKernels<T> typed_kernels() {
+  return {lstm_forward<T>, lstm_backward<T>, gemm<T>, map_sigmoid<T>, map_tanh<T>};
+}
+
+}  // namespace
+
+extern const Kernels FASTSEQ_TABLE;
+const Kernels FASTSEQ_TABLE = {FASTSEQ_ISA_NAME, FASTSEQ_VECTOR_BYTES, typed_kernels<float>(),
+                               typed_kernels<double>()};
+
+}  // namespace fastseq

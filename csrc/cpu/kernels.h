@@ -1,0 +1,42 @@
+// The table of kernels, one an instruction set: what production, tests and benchmarks choose from.
+#pragma once
+
+#include <cstdint>
+
+#include "gemm/gemm.h"
+#include "lstm/lstm.h"
+#include "support/threads.h"
+
+namespace fastseq {
+
+template <class T>
+struct TypedKernels {
+  void (*lstm_forward)(const LstmForward<T>&, const Threads&);
+  void (*lstm_backward)(const LstmBackward<T>&, const Threads&);
+  void (*gemm)(const Gemm<T>&, const Threads&);
+  void (*sigmoid)(const T* x, T* y, int64_t n);
+  void (*tanh)(const T* x, T* y, int64_t n);
+};
+
+struct Kernels {
+  const char* isa;
+  int vector_bytes;
+  TypedKernels<float> f32;
+  TypedKernels<double> f64;
+
+  template <class T>
+  const TypedKernels<T>& of() const;
+};
+template <>
+inline const TypedKernels<float>& Kernels::of<float>() const {
+  return f32;
+}
+template <>
+inline const TypedKernels<double>& Kernels::of<double>() const {
+  return f64;
+}
+
+// One definition an ISA file; which of them are linked in is the build's choice (FASTSEQ_HAVE_*).
+extern const Kernels kKernelsScalar, kKernelsAvx2, kKernelsAvx512;
+
+}  // namespace fastseq

@@ -1,0 +1,35 @@
+// Scratch memory of one kernel call, kept by the thread that called for its next call.
+#pragma once
+
+#include <cstddef>
+
+namespace fastseq {
+
+class Scratch {
+ public:
+  static constexpr size_t kAlignment = 64;
+
+  // Room for `bytes`; take() hands it out. Throws std::bad_alloc.
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // The next n elements, uninitialised, on a 64-byte boundary.
+  template <class T>
+  inline __attribute__((always_inline)) T* take(size_t n) {
+    char* p = next_;
+    next_ += padded(n * sizeof(T));
+    return reinterpret_cast<T*>(p);
+  }
+  static constexpr size_t padded(size_t bytes) {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+
+ private:
+  char* block_;
+  char* next_;
+  size_t bytes_;
+};
+
+}  // namespace fastseq

@@ -1,0 +1,60 @@
+// A C interface for `fastseq doctor`, tests and benchmarks: which kernels there are, and single
+// kernels called by instruction set. Called through ctypes, so that one library serves every
+// Python.
+#include <cstring>
+
+#include "cpu/dispatch.h"
+
+#define FASTSEQ_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+const fastseq::Kernels* find(const char* isa) {
+  for (int i = 0; i < fastseq::built_count(); ++i) {
+    if (std::strcmp(isa, fastseq::built(i).isa) == 0 && fastseq::machine_has(i)) {
+      return &fastseq::built(i);
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+FASTSEQ_EXPORT const char* fastseq_isa() { return fastseq::kernels().isa; }
+FASTSEQ_EXPORT const char* fastseq_isa_reason() { return fastseq::isa_reason(); }
+#if defined(__clang__)
+FASTSEQ_EXPORT const char* fastseq_compiler() { return __VERSION__; }
+#else
+FASTSEQ_EXPORT const char* fastseq_compiler() { return "GCC " __VERSION__; }
+#endif
+FASTSEQ_EXPORT int fastseq_use_isa(const char* isa) { return fastseq::use_isa(isa); }
+FASTSEQ_EXPORT int fastseq_built_count() { return fastseq::built_count(); }
+FASTSEQ_EXPORT const char* fastseq_built_isa(int i) { return fastseq::built(i).isa; }
+FASTSEQ_EXPORT int fastseq_machine_has(int i) { return fastseq::machine_has(i); }
+
+// y[i] = f(x[i]) for i in [0, n). `function`: 0 sigmoid, 1 tanh. Returns 0, or 1 for an instruction
+// set that is not here.
+FASTSEQ_EXPORT int fastseq_map_f32(const char* isa, int function, const float* x, float* y,
+                                   int64_t n) {
+  const fastseq::Kernels* k = find(isa);
+  if (!k) return 1;
+  (function ? k->f32.tanh : k->f32.sigmoid)(x, y, n);
+  return 0;
+}
+FASTSEQ_EXPORT int fastseq_map_f64(const char* isa, int function, const double* x, double* y,
+                                   int64_t n) {
+  const fastseq::Kernels* k = find(isa);
+  if (!k) return 1;
+  (function ? k->f64.tanh : k->f64.sigmoid)(x, y, n);
+  return 0;
+}
+
+// C = A B for contiguous A [M, K], B [K, N], C [M, N], on the calling thread.
+FASTSEQ_EXPORT int fastseq_gemm_f32(const char* isa, const float* a, const float* b, float* c,
+                                    int64_t M, int64_t N, int64_t K) {
+  const fastseq::Kernels* k = find(isa);
+  if (!k) return 1;
+  const fastseq::Gemm<float> g{M, N, K, a, K, 1, nullptr, b, N, c, N, false};
+  k->f32.gemm(g, fastseq::Threads{1, nullptr});
+  return 0;
+}

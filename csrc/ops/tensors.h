@@ -1,0 +1,48 @@
+// Small helpers between torch's stable ABI and the kernels' raw pointers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "../cpu/support/threads.h"
+
+namespace fastseq {
+namespace ops {
+
+using torch::stable::Tensor;
+
+// A new contiguous tensor of like's dtype and device, uninitialised.
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes);
+
+// torch's own thread pool and thread count.
+Threads torch_threads();
+
+// The tensor itself where its last dimension is contiguous, else a contiguous copy.
+Tensor with_contiguous_rows(const Tensor& t);
+Tensor as_contiguous(const Tensor& t);
+
+// RuntimeError "fastseq.<op>: expected <argument> of shape [..], got [..]" unless shapes, dtype and
+// device agree; sizes of -1 match anything.
+void check_tensor(const char* op, const char* argument, const Tensor& t, const Tensor& like,
+                  std::initializer_list<int64_t> sizes);
+
+template <class T>
+const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.data_ptr());
+}
+template <class T>
+const T* read(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+template <class T>
+T* write(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+}  // namespace ops
+}  // namespace fastseq

@@ -1,0 +1,128 @@
+"""The native library: finding it, loading it, asking it what it holds.
+
+Set FASTSEQ_NATIVE=0 to run as if it had not been built, FASTSEQ_CPU_ISA to use a narrower
+instruction set than this machine has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+__all__ = [
+    "available_isas",
+    "build_info",
+    "built_isas",
+    "isa",
+    "isa_reason",
+    "kernels",
+    "loaded",
+    "set_isa",
+    "why_not_loaded",
+]
+
+LIBRARY = Path(__file__).with_name("libfastseq.so")
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get("FASTSEQ_NATIVE") == "0":
+        return None, "FASTSEQ_NATIVE=0 is set"
+    if not LIBRARY.exists():
+        return None, "the native library was not built when fastseq was installed"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        handle = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"the native library does not load: {error}"
+    text, number = ctypes.c_char_p, ctypes.c_int
+    for name, restype in {
+        "fastseq_isa": text,
+        "fastseq_isa_reason": text,
+        "fastseq_compiler": text,
+        "fastseq_built_isa": text,
+        "fastseq_built_count": number,
+        "fastseq_machine_has": number,
+        "fastseq_use_isa": number,
+    }.items():
+        getattr(handle, name).restype = restype
+    return handle, None
+
+
+_library, _reason = _load()
+
+
+def loaded() -> bool:
+    """Whether the native kernels can be called."""
+    return _library is not None
+
+
+def why_not_loaded() -> str | None:
+    """One sentence, or None where the library is loaded."""
+    return _reason
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: it is not there; the text says why.
+    """
+    if _library is None:
+        raise RuntimeError(f"fastseq: expected the native library, got none: {_reason}")
+    return _library
+
+
+def isa() -> str:
+    """The instruction set in use: "scalar", "avx2" or "avx512"."""
+    return library().fastseq_isa().decode()
+
+
+def isa_reason() -> str:
+    """Why that one is in use."""
+    return library().fastseq_isa_reason().decode()
+
+
+def built_isas() -> list[str]:
+    """Instruction sets the library was built with, narrowest first."""
+    handle = library()
+    return [handle.fastseq_built_isa(i).decode() for i in range(handle.fastseq_built_count())]
+
+
+def available_isas() -> list[str]:
+    """Those of :func:`built_isas` that this machine has."""
+    handle = library()
+    return [name for i, name in enumerate(built_isas()) if handle.fastseq_machine_has(i)]
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set from now on, in every thread.
+
+    Raises:
+        ValueError: it was not built, or this machine lacks it.
+    """
+    if not library().fastseq_use_isa(name.encode()):
+        raise ValueError(f"fastseq.set_isa: expected one of {available_isas()}, got {name!r}")
+
+
+def kernels() -> list[str]:
+    """The kernels built in, as "<op>_<pass>_<dtype>_<isa>"."""
+    return [
+        f"lstm_{stage}_{dtype}_{name}"
+        for stage in ("fwd", "bwd")
+        for dtype in ("f32", "f64")
+        for name in built_isas()
+    ]
+
+
+def build_info() -> dict[str, str]:
+    """How the library was built: compiler, instruction sets in and left out."""
+    built = built_isas()
+    left_out = [name for name in ("scalar", "avx2", "avx512") if name not in built]
+    return {
+        "compiler": library().fastseq_compiler().decode(),
+        "isas": " ".join(built),
+        "left out": " ".join([*left_out, "GPU kernels (CUDA tensors run on PyTorch's own)"]),
+    }

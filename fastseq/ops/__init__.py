@@ -1,0 +1,1 @@
+"""Operators registered with torch: schema, shapes, autograd. One file an op."""

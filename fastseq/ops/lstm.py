@@ -1,0 +1,164 @@
+"""``fastseq::lstm_fwd`` and ``fastseq::lstm_bwd``: one LSTM layer over a whole sequence.
+
+The schemas and CPU kernels are in csrc/ops/lstm.cpp; here are shapes (for tracing) and autograd.
+x [T, B, I], or packed [N, I] with ``batch_sizes`` [T]; h0, c0 [D, B, H]; weights as those of
+torch.nn.LSTM, gate order i, f, g, o; ``_r`` the reverse direction's, None unless D = 2. With
+``save`` the forward pass also returns what the backward pass needs: activated gates
+[D, N, 4H], cell states [D, N, H] (N = T * B tokens where nothing is packed).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastseq import _native
+from fastseq.reference.rnn import lstm_layer
+
+__all__ = ["lstm_bwd", "lstm_fwd", "lstm_fwd_autograd"]
+
+
+def _sizes(x: Tensor, h0: Tensor, w_hh: Tensor) -> tuple[int, int, int, int]:
+    tokens = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
+    return tokens, h0.shape[0], h0.shape[1], w_hh.shape[1]
+
+
+def _fwd_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_ih_r, w_hh_r, b_ih_r, b_hh_r, batch_sizes, save):
+    tokens, D, B, H = _sizes(x, h0, w_hh)
+    saved = D if save else 0
+    return (
+        x.new_empty(*x.shape[:-1], D * H),
+        x.new_empty(D, B, H),
+        x.new_empty(D, B, H),
+        x.new_empty(saved, tokens, 4 * H),
+        x.new_empty(saved, tokens, H),
+    )
+
+
+def _bwd_fake(
+    dy,
+    dh_n,
+    dc_n,
+    x,
+    h0,
+    c0,
+    w_ih,
+    w_hh,
+    w_ih_r,
+    w_hh_r,
+    batch_sizes,
+    gates,
+    cells,
+    need_dx,
+    need_dw,
+    need_db,
+):
+    _, D, B, H = _sizes(x, h0, w_hh)
+    nothing = x.new_empty
+
+    def direction(here):
+        return (
+            x.new_empty(4 * H, x.shape[-1]) if need_dw and here else nothing(0),
+            x.new_empty(4 * H, H) if need_dw and here else nothing(0),
+            x.new_empty(4 * H) if need_db and here else nothing(0),
+        )
+
+    dx = x.new_empty(x.shape) if need_dx else nothing(0)
+    return dx, x.new_empty(D, B, H), x.new_empty(D, B, H), *direction(True), *direction(D == 2)
+
+
+class _Lstm(torch.autograd.Function):
+    """Autograd of the op. torch.library.register_autograd would do the same and, filling in schema
+    defaults at every call, cost more than the rest of a small LSTM."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        if not inputs[-1]:
+            raise RuntimeError("fastseq.lstm_fwd: expected save=True for inputs that require grad")
+        with torch._C._AutoDispatchBelowAutograd():
+            output = lstm_fwd(*inputs)
+        gates, cells = output[3:]
+        ctx.mark_non_differentiable(gates, cells)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:-1], gates, cells)
+        return output
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, _gates, _cells):
+        return _backward(ctx, dy, dh_n, dc_n)
+
+
+def lstm_fwd_autograd(*inputs):
+    """``lstm_fwd`` with autograd where an input asks for it, else straight to the kernel."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return _Lstm.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return lstm_fwd(*inputs)
+
+
+def _backward(ctx, dy, dh_n, dc_n):
+    *inputs, batch_sizes, gates, cells = ctx.saved_tensors
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_ih_r, w_hh_r, b_ih_r, b_hh_r = inputs
+    need = ctx.needs_input_grad
+    if dy is None and dh_n is None and dc_n is None:
+        return (None,) * 13
+    if torch.is_grad_enabled():
+        return _backward_twice(inputs, batch_sizes, (dy, dh_n, dc_n), need)
+    need_dw = any(need[3:5]) or any(need[7:9])
+    need_db = any(need[5:7]) or any(need[9:11])
+    dx, dh0, dc0, dw_ih, dw_hh, db, dw_ih_r, dw_hh_r, db_r = lstm_bwd(
+        dy,
+        dh_n,
+        dc_n,
+        x,
+        h0,
+        c0,
+        w_ih,
+        w_hh,
+        w_ih_r,
+        w_hh_r,
+        batch_sizes,
+        gates,
+        cells,
+        need[0],
+        need_dw,
+        need_db,
+    )
+    grads = (dx, dh0, dc0, dw_ih, dw_hh, db, db, dw_ih_r, dw_hh_r, db_r, db_r, None, None)
+    return tuple(g if wanted else None for g, wanted in zip(grads, need, strict=True))
+
+
+def _backward_twice(inputs, batch_sizes, cotangents, need):
+    """The same gradients, themselves differentiable: by autograd through the reference."""
+    x, h0, c0, *weights = inputs
+    sizes = None if batch_sizes is None else batch_sizes.tolist()
+    sides = [
+        lstm_layer(x, h0[d], c0[d], *weights[4 * d : 4 * d + 4], reverse=d == 1, batch_sizes=sizes)
+        for d in range(h0.shape[0])
+    ]
+    y, h_n, c_n = zip(*sides, strict=True)
+    outputs = (torch.cat(y, -1), torch.stack(h_n), torch.stack(c_n))
+    pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if g is not None]
+    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and need[i]]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs],
+        [inputs[i] for i in wanted],
+        [g for _, g in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    grads = [None] * 13
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return tuple(grads)
+
+
+if _native.loaded():
+    lstm_fwd = torch.ops.fastseq.lstm_fwd.default
+    lstm_bwd = torch.ops.fastseq.lstm_bwd.default
+    torch.library.register_fake("fastseq::lstm_fwd")(_fwd_fake)
+    torch.library.register_fake("fastseq::lstm_bwd")(_bwd_fake)
+    _library = torch.library.Library("fastseq", "IMPL")
+    _library.impl("lstm_fwd", lstm_fwd_autograd, "Autograd")
+else:
+    lstm_fwd = lstm_bwd = None

@@ -1,0 +1,143 @@
+"""Builds the native library with ninja; everything else about the package is in pyproject.toml.
+
+The library uses torch's stable ABI and no Python API: one file serves every Python, and every torch
+from TORCH_TARGET on. Without a compiler or torch headers the package installs all the same, and
+runs on plain PyTorch. Environment: CXX, CXXFLAGS; FASTSEQ_REQUIRE_NATIVE=1 makes a failed build an
+error.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = "libfastseq.so"
+TORCH_TARGET = (2, 10)
+
+# No -march=native and no -ffast-math: an instruction set is chosen at run time, and NaN, infinity
+# and the order of sums mean what they say.
+CXXFLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized "
+    "-ffp-contract=fast -fno-math-errno -fno-trapping-math"
+).split()
+
+# Instruction sets, narrowest first: file csrc/cpu/isa/<name>.cpp is compiled with these flags.
+ISA_FLAGS = {
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
+}
+
+
+def find_torch() -> Path | None:
+    """Torch's folder in the environment built for, also from inside an isolated build."""
+    for scheme in ("purelib", "platlib"):
+        folder = Path(sysconfig.get_path(scheme)) / "torch"
+        if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+            return folder
+    try:
+        import torch
+
+        return Path(torch.__file__).parent
+    except ImportError:
+        return None
+
+
+def compiles(cxx: str, flags: list[str]) -> bool:
+    command = [cxx, *CXXFLAGS, *flags, "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=b"int x;", capture_output=True).returncode == 0
+
+
+class NinjaBuild(build_ext):
+    """Writes build.ninja, runs it, and says what was built and what was left out."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")[:-1], LIBRARY)
+
+    def build_extension(self, ext):
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
+        torch = find_torch()
+        isas, left_out = [], []
+        if not cxx or not compiles(cxx, []):
+            left_out.append(f"native library: no C++17 compiler found ({cxx or 'set CXX'})")
+        elif torch is None:
+            left_out.append("native library: no torch >= 2.10 in the environment built for")
+        else:
+            isas = self.usable_isas(cxx, left_out)
+            self.run_ninja(cxx, torch, isas, output)
+        if not isas and os.environ.get("FASTSEQ_REQUIRE_NATIVE") == "1":
+            raise RuntimeError("fastseq: " + "; ".join(left_out))
+        left_out.append("GPU kernels: none yet, CUDA tensors run on PyTorch's own")
+        print(f"fastseq: built CPU kernels for: {' '.join(isas) or 'nothing'} (compiler: {cxx})")
+        for line in left_out:
+            print(f"fastseq: left out {line}")
+
+    @staticmethod
+    def usable_isas(cxx: str, left_out: list[str]) -> list[str]:
+        usable = []
+        for isa, flags in ISA_FLAGS.items():
+            if flags and platform.machine().lower() not in ("x86_64", "amd64"):
+                left_out.append(f"{isa}: not an x86-64 machine")
+            elif not compiles(cxx, flags):
+                left_out.append(f"{isa}: the compiler does not know {' '.join(flags)}")
+            else:
+                usable.append(isa)
+        return usable
+
+    def run_ninja(self, cxx: str, torch: Path, isas: list[str], output: Path) -> None:
+        import ninja
+        from ninja import ninja_syntax
+
+        folder = ROOT / "build" / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        extra = os.environ.get("CXXFLAGS", "").split()
+        have = [f"-DFASTSEQ_HAVE_{isa.upper()}" for isa in isas]
+        version_hex = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
+        torch_flags = [f"-DTORCH_TARGET_VERSION={version_hex}", f"-isystem {torch}/include"]
+        sources = {
+            **{ROOT / f"csrc/cpu/isa/{isa}.cpp": ISA_FLAGS[isa] for isa in isas},
+            **{path: [] for path in (ROOT / "csrc/cpu").glob("*.cpp")},
+            **{path: [] for path in (ROOT / "csrc/cpu/support").glob("*.cpp")},
+            **{path: [] for path in (ROOT / "csrc").glob("*.cpp")},
+            **{path: torch_flags for path in (ROOT / "csrc/ops").glob("*.cpp")},
+        }
+        with open(folder / "build.ninja", "w") as file:
+            writer = ninja_syntax.Writer(file, width=200)
+            writer.rule("compile", f"{cxx} -MD -MF $out.d $flags -c $in -o $out", depfile="$out.d")
+            writer.rule("link", f"{cxx} -shared -o $out $in $libs")
+            objects = []
+            for source, flags in sorted(sources.items()):
+                name = str(source.relative_to(ROOT / "csrc").with_suffix(".o"))
+                objects.append(name)
+                all_flags = " ".join([*CXXFLAGS, *have, *flags, *extra])
+                writer.build(name, "compile", str(source), variables={"flags": all_flags})
+            libs = f"-L{torch}/lib -ltorch -ltorch_cpu -lc10 -pthread"
+            writer.build(LIBRARY, "link", objects, variables={"libs": libs})
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", str(folder)], check=True)
+        replacement = output.with_suffix(".new")
+        shutil.copy2(folder / LIBRARY, replacement)
+        os.replace(replacement, output)
+
+
+class StableWheel(bdist_wheel):
+    """Tagged for the platform alone: the library has no Python ABI."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("fastseq._native_library", sources=[])],
+    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": StableWheel},
+    packages=[*find_packages(include=["fastseq", "fastseq.*"]), "fastseq.kernels"],
+    package_dir={"fastseq.kernels": "kernels"},
+)
