@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -246,7 +247,7 @@ def train(
         reference=reference,
         device=device,
         force=force or continues,
-        on_epoch=lambda epoch: typer.echo(summary(epoch, settings.epochs)),
+        say=typer.echo,
     )
     show_history(history)
 
@@ -272,15 +273,6 @@ def resumed(saved: Settings, given: dict[str, Any]) -> Settings:
     return replace(saved, **given)
 
 
-def summary(epoch: Epoch, epochs: int) -> str:
-    """One line about an epoch."""
-    return (
-        f"epoch {epoch.epoch}/{epochs}: training loss {epoch.train_loss:.4f}, validation loss "
-        f"{epoch.valid_loss:.4f}, perplexity {epoch.perplexity:.2f}, {epoch.seconds:.1f} s, "
-        f"{epoch.tokens_per_second:.0f} tokens/s"
-    )
-
-
 def show_history(history: list[Epoch]) -> None:
     """Print a table of all epochs."""
     from rich.console import Console
@@ -289,17 +281,9 @@ def show_history(history: list[Epoch]) -> None:
     table = Table(title="Losses in nats a token, seconds of training")
     for name in ("epoch", "train loss", "valid loss", "perplexity", "seconds", "tokens/s"):
         table.add_column(name, justify="right")
+    formats = ("d", ".4f", ".4f", ".2f", ".1f", ".0f")
     for epoch in history:
-        number, *numbers, rate = epoch
-        train_loss, valid_loss, perplexity, seconds = numbers
-        table.add_row(
-            str(number),
-            f"{train_loss:.4f}",
-            f"{valid_loss:.4f}",
-            f"{perplexity:.2f}",
-            f"{seconds:.1f}",
-            f"{rate:.0f}",
-        )
+        table.add_row(*map(format, epoch, formats))
     Console().print(table)
 
 
@@ -338,7 +322,7 @@ def translate(
 
     from fastseq._files import atomic_write, check_writable
     from fastseq.training import checkpoint as checkpoints
-    from fastseq.training.data import decode_lines, read_lines
+    from fastseq.training.data import check_line_counts, decode_lines, read_lines
     from fastseq.training.model import resolve_device
     from fastseq.training.translate import bleu
     from fastseq.training.translate import translate as translate_lines
@@ -348,6 +332,8 @@ def translate(
     where = resolve_device(device)
     if output:
         check_writable(output.parent)
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output))
         for path in (checkpoint, source, reference_text):
             if path and output.exists() and Path(path).exists() and output.samefile(path):
                 raise ValueError(f"expected --output other than the input, got {output}")
@@ -357,11 +343,8 @@ def translate(
     else:
         lines = read_lines(source)
     references = read_lines(reference_text) if reference_text else None
-    if references is not None and len(references) != len(lines):
-        raise ValueError(
-            "expected as many lines in both files, "
-            f"got {len(lines)} in {source} and {len(references)} in {reference_text}"
-        )
+    if references is not None:
+        check_line_counts({source: lines, str(reference_text): references})
     translations = translate_lines(saved, lines, batch_size, max_length, where)
     text = "".join(f"{line}\n" for line in translations)
     if output:

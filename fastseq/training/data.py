@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any, NamedTuple
@@ -15,7 +15,17 @@ from torch import Tensor
 
 from fastseq.training.vocabulary import BOS, EOS, PAD
 
-__all__ = ["Batch", "Pair", "collate", "decode_lines", "make_pair", "pad", "plan", "read_lines"]
+__all__ = [
+    "Batch",
+    "Pair",
+    "check_line_counts",
+    "collate",
+    "decode_lines",
+    "make_pair",
+    "pad",
+    "plan",
+    "read_lines",
+]
 
 Pair = tuple[list[int], list[int]]
 """The ids of a source, ending in <eos>, and of its target, between <bos> and <eos>."""
@@ -78,6 +88,15 @@ def read_lines(path: str | os.PathLike[str], limit: int | None = None) -> list[s
     if not lines:
         raise ValueError(f"fastseq.training: expected text in {path}, got an empty file")
     return lines
+
+
+def check_line_counts(files: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError unless the files, lines by name, have equally many lines."""
+    if len({len(lines) for lines in files.values()}) > 1:
+        counts = " and ".join(f"{len(lines)} in {name}" for name, lines in files.items())
+        raise ValueError(
+            f"fastseq.training: expected as many lines in one file as in the other, got {counts}"
+        )
 
 
 def make_pair(source: list[int], target: list[int]) -> Pair:
