@@ -89,6 +89,38 @@ def test_instruction_set_against_reference(isa, dtype):
         assert_results_close(run(case), truth, by_torch, what=f"{isa} {case}")
 
 
+# Around where tanh saturates, exp becomes denormal, overflows, and its power of two overflows.
+EDGES = {
+    "f32": [0, 1e-40, 1e-8, 1e-3, 0.1, 0.5, 9, 9.5, 10, 10.5, 43.5, 44.1, 44.5, 80, 87, 87.5]
+    + [88, 88.3, 88.5, 88.7, 89, 90, 103, 104, 110, 1e4, 1e30, 3e38],
+    "f64": [0, 1e-310, 1e-16, 1e-8, 0.1, 0.5, 18.5, 20, 21, 354, 355, 372, 700, 707, 708.5]
+    + [709, 709.3, 709.5, 709.7, 710, 711, 745, 746, 800, 1e4, 1e100, 1e308],
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_at_the_edges_of_exp(isa, dtype):
+    """Each gate and the cell through both signs of every edge, the other gates at rest."""
+    _native.set_isa(isa)
+    edges = torch.tensor(EDGES[dtype], dtype=DTYPES[dtype])
+    edges = torch.cat((edges, -edges))
+    H = len(edges)
+    for target in ("i", "f", "g", "o", "c"):
+        case = lstm_case(1, 2, 1, H, dtype=DTYPES[dtype]).map(torch.zeros_like)
+        case.inputs["bias_ih_l0"].view(4, H)[:] = 0.5
+        case.inputs["c0"].fill_(0.75)
+        if target == "c":
+            case.inputs["c0"].copy_(edges)
+        else:
+            case.inputs["bias_ih_l0"].view(4, H)["ifgo".index(target)] = edges
+        found, truth = run(case), run(case.to(torch.float64), rnn.lstm)
+        by_torch = run_with_grads(
+            case.module(torch.nn.LSTM), case.inputs, case.cotangents, names=case.names
+        )
+        assert_results_close(found, truth, by_torch, what=f"{isa} gate {target}")
+
+
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "scalar"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_instruction_set_against_scalar(isa, dtype):
