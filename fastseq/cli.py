@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -386,19 +387,18 @@ def bench(context: typer.Context) -> None:
 
     Needs the source tree: benchmarks are not installed. All arguments go to
     benchmarks/bench_lstm.py; `fastseq bench -- --help` lists them.
-    """
-    import runpy
 
-    script = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_lstm.py"
+    Example: `fastseq bench --quick --rows 1,3`
+    """
+    root = Path(__file__).resolve().parent.parent
+    script = root / "benchmarks" / "bench_lstm.py"
     if not script.is_file():
         raise FileNotFoundError(
             f"expected the source tree of fastseq, got no {script}; "
             "run this in a checkout installed with pip install -e ."
         )
-    # As a script, so that its folder is where it imports its neighbours from.
-    sys.argv = [str(script), *context.args]
-    sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
+    sys.path.insert(0, str(root))
+    raise typer.Exit(import_module("benchmarks.bench_lstm").main(context.args))
 
 
 def main() -> None:
