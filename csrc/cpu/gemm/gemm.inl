@@ -41,19 +41,29 @@ void pack_a(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t k0, int64_t k1, T*
   }
 }
 
+// kRows rows of packed A by `Vectors` vectors of packed B, to sums [kRows][Vectors][lanes].
+template <class T, int Vectors>
+FASTSEQ_TILE void gemm_sums(int64_t K, const T* a, const T* b, T* sums) {
+  Vec<T> acc[kRows][Vectors] = {};
+  multiply<T, kRows, Vectors, 1>(K, PackedA<T>{a}, b, 0, acc);
+#pragma GCC unroll 12
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) store(sums + (m * Vectors + v) * kLanes<T>, acc[m][v]);
+  }
+}
+
 template <class T, int Vectors>
 FASTSEQ_INLINE void gemm_tile(int64_t K, const T* a, const T* b, T* c, int64_t ldc, int rows,
                               int cols, bool accumulate) {
-  Vec<T> acc[kRows][Vectors] = {};
-  multiply<T, kRows, Vectors, 1>(K, PackedA<T>{a}, b, 0, acc);
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-    if (m >= rows) break;
-#pragma GCC unroll 4
+  alignas(64) T sums[kRows * Vectors * kLanes<T>];
+  gemm_sums<T, Vectors>(K, a, b, sums);
+  for (int m = 0; m < rows; ++m) {
     for (int v = 0; v < Vectors; ++v) {
       T* out = c + m * ldc + v * kLanes<T>;
       const int lanes = cols - v * kLanes<T>;
-      store(out, accumulate ? acc[m][v] + load(out, lanes) : acc[m][v], lanes);
+      const Vec<T> sum = load(sums + (m * Vectors + v) * kLanes<T>);
+      store(out, accumulate ? sum + load(out, lanes) : sum, lanes);
     }
   }
 }
@@ -144,7 +154,7 @@ void column_sums(const T* a, int64_t K, int64_t N, int64_t lda, T* out, const Th
       for (int64_t k0 = 0; k0 < K; k0 += kBlockK) {
         Vec<T> part[kPanelVectors] = {};
         for (int64_t k = k0; k < min64(k0 + kBlockK, K); ++k) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
           for (int v = 0; v < kPanelVectors; ++v) {
             const int64_t column = n + v * kLanes<T>;
             if (column < N)

@@ -3,16 +3,17 @@
 // Each element is one chain of multiply-adds over k in ascending order, whatever the tile it falls
 // in. So results depend neither on how work is split among threads nor on the rows beside a row.
 
-// As many rows by four vectors as the registers hold beside the operands: 32 registers (AVX-512)
-// take 24 + 4 + 1, 16 take 12 + 4 (loads of A fold or rotate).
+// Two vectors of B stay in registers while up to kRows rows of A pass: tall rather than wide, for B
+// comes from the second-level cache and A from the first. 32 registers (AVX-512) take 24 sums + 2 +
+// 1, 16 take 12 + 2 + 1; without an FMA (scalar) a product needs one more.
 #if FASTSEQ_VECTOR_BYTES == 64
-constexpr int kRows = 6;
+constexpr int kRows = 12;
 #elif FASTSEQ_VECTOR_BYTES == 32
-constexpr int kRows = 3;
+constexpr int kRows = 6;
 #else
-constexpr int kRows = 2;
+constexpr int kRows = 4;
 #endif
-constexpr int kPanelVectors = 4;
+constexpr int kPanelVectors = 2;
 template <class T>
 constexpr int kPanel = kPanelVectors * kLanes<T>;
 
@@ -33,21 +34,22 @@ struct PackedA {
   FASTSEQ_INLINE T at(int m, int64_t k) const { return packed[k * kRows + m]; }
 };
 
-// acc[m][v] += sum over k of A[m][k] * B[k][v]. B: panels of `Vectors` vectors a k, [K][Vectors *
-// lanes]; with Panels = 2 a second panel `panel_stride` elements on.
+// acc[m][v] += sum over k of A[m][k] * B[k][v]. B: `Panels` panels of `Vectors` vectors a k,
+// [K][Vectors * lanes], `panel_stride` elements apart. Few rows take several panels, for sums
+// enough (eight) to hide the latency of an FMA.
 template <class T, int Rows, int Vectors, int Panels, class A>
 FASTSEQ_INLINE void multiply(int64_t K, const A& a, const T* panel, int64_t panel_stride,
                              Vec<T> (&acc)[Rows][Panels * Vectors]) {
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> b[Panels * Vectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int v = 0; v < Panels * Vectors; ++v) {
       b[v] = load(panel + (v / Vectors) * panel_stride + (k * Vectors + v % Vectors) * kLanes<T>);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int m = 0; m < Rows; ++m) {
       const Vec<T> a_mk = broadcast(a.at(m, k));
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int v = 0; v < Panels * Vectors; ++v) acc[m][v] += a_mk * b[v];
     }
   }

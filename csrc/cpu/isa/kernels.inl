@@ -4,6 +4,8 @@
 #include "../support/scratch.h"
 
 #define FASTSEQ_INLINE inline __attribute__((always_inline))
+// A register tile stands alone: inlined beside other code, its sums get spilled to the stack.
+#define FASTSEQ_TILE static __attribute__((noinline))
 
 namespace fastseq {
 namespace {

@@ -49,8 +49,8 @@ LstmPlan plan_lstm(const LstmShape& s, int64_t weights, int threads) {
   return {false, int(max64(1, ceil_div(s.B, max64(chunk, 1)))), max64(chunk, 1)};
 }
 
-// [4H, K] weights as panels, one a vector of units: [vectors of H][K][4][lanes], units beyond H
-// zero.
+// [4H, K] weights as panels of two gates, two panels a vector of units: [vectors of H][2][K][2]
+// [lanes], units beyond H zero.
 template <class T>
 void pack_gates(const T* w, int64_t H, int64_t K, int64_t vector, T* out) {
   const int64_t unit = vector * kLanes<T>;
@@ -59,31 +59,32 @@ void pack_gates(const T* w, int64_t H, int64_t K, int64_t vector, T* out) {
   for (int64_t k0 = 0; k0 < K; k0 += 16) {
     const int64_t k1 = min64(k0 + 16, K);
     for (int gate = 0; gate < 4; ++gate) {
+      T* panel = out + (gate / 2) * K * kPanel<T> + (gate % 2) * kLanes<T>;
       for (int lane = 0; lane < kLanes<T>; ++lane) {
-        T* column = out + gate * kLanes<T> + lane;
-        if (lane < lanes) {
-          const T* row = w + (gate * H + unit + lane) * K;
-          for (int64_t k = k0; k < k1; ++k) column[k * kPanel<T>] = row[k];
-        } else {
-          for (int64_t k = k0; k < k1; ++k) column[k * kPanel<T>] = 0;
-        }
+        const T* row = w + (gate * H + unit + lane) * K;
+        for (int64_t k = k0; k < k1; ++k)
+          panel[k * kPanel<T> + lane] = lane < lanes ? row[k] : T(0);
       }
     }
   }
 }
 
+// The four gates of a vector of units.
+template <class T>
+constexpr int kGates = 4 * kLanes<T>;
+
 template <class T>
 struct LstmPacked {
   T* bias;  // [vectors][4][lanes], the sum of both biases
-  T* x;     // [vectors][I][4][lanes]
-  T* h;     // [vectors][H][4][lanes]
+  T* x;     // [vectors][2][I][2][lanes]
+  T* h;     // [vectors][2][H][2][lanes]
 };
 
 template <class T>
 void pack_lstm(const LstmWeights<T>& w, const LstmShape& s, int64_t vector, LstmPacked<T>& p) {
-  pack_gates(w.w_ih, s.H, s.I, vector, p.x + vector * s.I * kPanel<T>);
-  pack_gates(w.w_hh, s.H, s.H, vector, p.h + vector * s.H * kPanel<T>);
-  T* bias = p.bias + vector * kPanel<T>;
+  pack_gates(w.w_ih, s.H, s.I, vector, p.x + vector * s.I * kGates<T>);
+  pack_gates(w.w_hh, s.H, s.H, vector, p.h + vector * s.H * kGates<T>);
+  T* bias = p.bias + vector * kGates<T>;
   for (int gate = 0; gate < 4; ++gate) {
     for (int lane = 0; lane < kLanes<T>; ++lane) {
       const int64_t unit = vector * kLanes<T> + lane, row = gate * s.H + unit;
@@ -95,38 +96,63 @@ void pack_lstm(const LstmWeights<T>& w, const LstmShape& s, int64_t vector, Lstm
   }
 }
 
-// Where a tile of Rows sequences finds its operands and leaves its results.
+// Where a tile of rows finds its operands.
 template <class T>
 struct LstmTile {
-  const T* start[2 * kRows];  // [Panels][Rows]: what the sums start from, 4 * lanes wide
+  const T* start[kRows];  // what the sums start from, [4][lanes]
   const T* x[kRows];
   const T* h[kRows];
+  int64_t start_stride;  // from one vector of units to the next
+  const T* panel_x;      // of the first vector of units
+  const T* panel_h;
   int64_t x_width;  // I, or 0 where `start` already holds the input product
+  int64_t h_width;
 };
 
-// Pre-activations of Rows sequences and Panels vectors of units, to `out` [Panels][Rows][4][lanes].
-template <class T, int Rows, int Panels>
-FASTSEQ_INLINE void lstm_tile(const LstmTile<T>& tile, const T* panel_x, const T* panel_h,
-                              int64_t h_width, T* out) {
-  constexpr int kVectors = Panels * 4;
+// Pre-activations of Rows rows, in the panels [First, First + Panels) of a vector of units (two
+// vectors where Panels is 4), to `out` [vectors][Rows][4][lanes].
+template <class T, int Rows, int First, int Panels>
+FASTSEQ_TILE void lstm_panels(const LstmTile<T>& tile, T* out) {
+  constexpr int kVectors = Panels * kPanelVectors;
+  auto place = [](int v) { return (First * kPanelVectors + v) % 4 * kLanes<T>; };
   Vec<T> acc[Rows][kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      acc[m][v] = load(tile.start[(v / 4) * Rows + m] + (v % 4) * kLanes<T>);
+      acc[m][v] = load(tile.start[m] + (v / 4) * tile.start_stride + place(v));
     }
   }
-  multiply<T, Rows, 4, Panels>(tile.x_width, RowsOfA<T>{tile.x}, panel_x, tile.x_width * kPanel<T>,
-                               acc);
-  multiply<T, Rows, 4, Panels>(h_width, RowsOfA<T>{tile.h}, panel_h, h_width * kPanel<T>, acc);
-#pragma GCC unroll 8
+  const int64_t stride_x = tile.x_width * kPanel<T>, stride_h = tile.h_width * kPanel<T>;
+  multiply<T, Rows, kPanelVectors, Panels>(tile.x_width, RowsOfA<T>{tile.x},
+                                           tile.panel_x + First * stride_x, stride_x, acc);
+  multiply<T, Rows, kPanelVectors, Panels>(tile.h_width, RowsOfA<T>{tile.h},
+                                           tile.panel_h + First * stride_h, stride_h, acc);
+#pragma GCC unroll 12
   for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      store(out + ((v / 4) * Rows + m) * kPanel<T> + (v % 4) * kLanes<T>, acc[m][v]);
+      store(out + ((v / 4) * Rows + m) * kGates<T> + place(v), acc[m][v]);
     }
   }
+}
+
+// The same for `rows` rows and one or two vectors of units; two only for a single row.
+template <class T>
+FASTSEQ_INLINE void lstm_tile(const LstmTile<T>& tile, int rows, int vectors, T* out) {
+  if (vectors == 2) {
+    lstm_panels<T, 1, 0, 4>(tile, out);
+    return;
+  }
+  with_const<kRows>(rows, [&](auto n) {
+    constexpr int kN = decltype(n)::value;
+    if constexpr (2 * kN <= kRows) {
+      lstm_panels<T, kN, 0, 2>(tile, out);
+    } else {
+      lstm_panels<T, kN, 0, 1>(tile, out);
+      lstm_panels<T, kN, 1, 1>(tile, out);
+    }
+  });
 }
 
 template <class T>
@@ -144,34 +170,33 @@ struct LstmForwardLoop {
                T* out) {
     const LstmShape& s = a.shape;
     const int64_t per_vector = (s1 - s0) * (b1 - b0);
+    alignas(64) T sums[kRows * kGates<T>];
+    LstmTile<T> tile{};
+    tile.x_width = s.I;
     for (int64_t v = v0; v < v1; ++v) {
-      const T* panel = packed[d].x + v * s.I * kPanel<T>;
-      LstmTile<T> tile;
+      tile.panel_x = tile.panel_h = packed[d].x + v * s.I * kGates<T>;
       T* target[kRows];
-      int m = 0;
+      int rows = 0;
       auto flush = [&] {
-        alignas(64) T sums[kRows * kPanel<T>];
-        tile.x_width = s.I;
-        with_const<kRows>(m, [&](auto rows) {
-          lstm_tile<T, decltype(rows)::value, 1>(tile, panel, panel, 0, sums);
-        });
-        for (int i = 0; i < m; ++i) {
-          for (int g = 0; g < 4; ++g) {
-            store(target[i] + g * kLanes<T>, load(sums + i * kPanel<T> + g * kLanes<T>));
+        lstm_tile(tile, rows, 1, sums);
+        for (int m = 0; m < rows; ++m) {
+          for (int i = 0; i < kGates<T>; i += kLanes<T>) {
+            store(target[m] + i, load(sums + m * kGates<T> + i));
           }
         }
-        m = 0;
+        rows = 0;
       };
       for (int64_t step = s0; step < s1; ++step) {
         const int64_t t = d ? s.T - 1 - step : step;
         for (int64_t b = b0; b < min64(b1, s.rows[t]); ++b) {
-          tile.start[m] = packed[d].bias + v * kPanel<T>;
-          tile.x[m] = at(a.x, s, t, b);
-          target[m] = out + ((v - v0) * per_vector + (step - s0) * (b1 - b0) + b - b0) * kPanel<T>;
-          if (++m == kRows) flush();
+          tile.start[rows] = packed[d].bias + v * kGates<T>;
+          tile.x[rows] = at(a.x, s, t, b);
+          target[rows] =
+              out + ((v - v0) * per_vector + (step - s0) * (b1 - b0) + b - b0) * kGates<T>;
+          if (++rows == kRows) flush();
         }
       }
-      if (m) flush();
+      if (rows) flush();
     }
   }
 
@@ -213,45 +238,38 @@ struct LstmForwardLoop {
     }
     const int64_t chunk_steps = min64(ahead, s.T - (step - in_chunk));
     const int64_t per_vector = chunk_steps * (b1 - b0);
-    alignas(64) T sums[2 * kRows * kPanel<T>];
-    LstmTile<T> tile;
+    alignas(64) T sums[kRows * kGates<T>];
+    LstmTile<T> tile{};
     tile.x_width = ahead ? 0 : s.I;
-    auto start_of = [&](int64_t b, int64_t v) -> const T* {
-      if (!ahead) return packed[d].bias + v * kPanel<T>;
-      return ahead_of_task + ((v - v0) * per_vector + in_chunk * (b1 - b0) + b - b0) * kPanel<T>;
-    };
-    // Tiles of even height: 64 rows by 6 would end in a tile of 4.
+    tile.h_width = s.H;
+    tile.start_stride = (ahead ? per_vector : 1) * kGates<T>;
+    // Tiles of even height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
     const int64_t count = max64(end - b0, 0);
     const int64_t tiles = ceil_div(count, kRows);
     for (int64_t v = v0; v < v1;) {
-      // One row alone has four chains of sums, half of what hides the latency of an FMA: then two
-      // vectors of units at once.
-      const int panels = count == 1 && v + 1 < v1 ? 2 : 1;
-      const T* panel_x = packed[d].x + v * tile.x_width * kPanel<T>;
-      const T* panel_h = packed[d].h + v * s.H * kPanel<T>;
+      const int vectors = count == 1 && v + 1 < v1 ? 2 : 1;
+      tile.panel_x = packed[d].x + v * s.I * kGates<T>;
+      tile.panel_h = packed[d].h + v * s.H * kGates<T>;
       int64_t b = b0;
       for (int64_t i = 0; i < tiles; ++i) {
         const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
         for (int m = 0; m < rows; ++m) {
-          tile.start[m] = start_of(b + m, v);
-          if (!ahead) tile.x[m] = at(a.x, s, t, b + m);
-          tile.h[m] = b + m < rows_before ? at(a.y, s, before, b + m) + d * s.H
-                                          : a.h0 + (d * s.B + b + m) * s.H;
+          const int64_t row = b + m, token = in_chunk * (b1 - b0) + row - b0;
+          tile.start[m] = ahead ? ahead_of_task + ((v - v0) * per_vector + token) * kGates<T>
+                                : packed[d].bias + v * kGates<T>;
+          if (!ahead) tile.x[m] = at(a.x, s, t, row);
+          tile.h[m] =
+              row < rows_before ? at(a.y, s, before, row) + d * s.H : a.h0 + (d * s.B + row) * s.H;
         }
-        if (panels == 2) {
-          tile.start[1] = start_of(b, v + 1);
-          lstm_tile<T, 1, 2>(tile, panel_x, panel_h, s.H, sums);
-          finish(d, t, b, v, sums);
-          finish(d, t, b, v + 1, sums + kPanel<T>);
-        } else {
-          with_const<kRows>(rows, [&](auto n) {
-            lstm_tile<T, decltype(n)::value, 1>(tile, panel_x, panel_h, s.H, sums);
-          });
-          for (int m = 0; m < rows; ++m) finish(d, t, b + m, v, sums + m * kPanel<T>);
+        lstm_tile(tile, rows, vectors, sums);
+        for (int u = 0; u < vectors; ++u) {
+          for (int m = 0; m < rows; ++m) {
+            finish(d, t, b + m, v + u, sums + (u * rows + m) * kGates<T>);
+          }
         }
         b += rows;
       }
-      v += panels;
+      v += vectors;
     }
   }
 };
@@ -259,12 +277,12 @@ struct LstmForwardLoop {
 template <class T>
 void lstm_forward(const LstmForward<T>& a, const Threads& threads) {
   const LstmShape& s = a.shape;
-  const int64_t vectors = ceil_div(s.H, kLanes<T>), width = kPanel<T>;
+  const int64_t vectors = ceil_div(s.H, kLanes<T>), width = kGates<T>;
   const LstmPlan plan = plan_lstm<T>(s, (s.I + s.H) * 4 * s.H, threads.count);
   const int64_t task_rows = plan.by_units ? s.B : min64(plan.chunk, s.B);
   const int64_t task_vectors = plan.by_units ? plan.chunk : vectors;
-  // With fewer rows than a tile holds, input products are made for several steps together.
-  constexpr int64_t kAhead = 8 * kRows;
+  // With rows for less than half a tile, input products are made for several steps together.
+  constexpr int64_t kAhead = 4 * kRows;
   const int64_t ahead =
       task_rows > 0 && task_rows < kRows && s.T > 1 ? min64(s.T, ceil_div(kAhead, task_rows)) : 0;
   const int64_t buffer_size = ahead * task_rows * task_vectors * width;
@@ -319,6 +337,21 @@ void lstm_forward(const LstmForward<T>& a, const Threads& threads) {
   }
 }
 
+// Rows of A, K wide, by `Panels` panels of columns, to `out` [Panels][Rows][Vectors][lanes].
+template <class T, int Rows, int Vectors, int Panels>
+FASTSEQ_TILE void rows_times_panels(int64_t K, const T* const* rows, const T* panel,
+                                    int64_t panel_stride, T* out) {
+  Vec<T> acc[Rows][Panels * Vectors] = {};
+  multiply<T, Rows, Vectors, Panels>(K, RowsOfA<T>{rows}, panel, panel_stride, acc);
+#pragma GCC unroll 12
+  for (int m = 0; m < Rows; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Panels * Vectors; ++v) {
+      store(out + (((v / Vectors) * Rows + m) * Vectors + v % Vectors) * kLanes<T>, acc[m][v]);
+    }
+  }
+}
+
 template <class T>
 struct LstmBackwardLoop {
   const LstmBackward<T>& a;
@@ -351,18 +384,9 @@ struct LstmBackwardLoop {
     if (hidden[d]) store(hidden[d] + (s.first[t] + b) * s.H + unit, gate.o * tanh(c), lanes);
   }
 
-  // dL/dh of `rows` rows from the pre-activation gradients in `from`, columns of one panel, to
-  // `out` [rows][vectors][lanes].
-  template <int Rows, int Vectors>
-  FASTSEQ_INLINE void tile(int d, int64_t column, const T* const* from, bool none, T* out) {
-    const int64_t K = none ? 0 : 4 * a.shape.H;
-    Vec<T> acc[Rows][Vectors] = {};
-    multiply<T, Rows, Vectors, 1>(K, RowsOfA<T>{from}, packed[d] + column * 4 * a.shape.H, 0, acc);
-#pragma GCC unroll 8
-    for (int m = 0; m < Rows; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) store(out + (m * Vectors + v) * kLanes<T>, acc[m][v]);
-    }
+  // Panels taken together by a tile of so many rows: sums enough to hide an FMA's latency.
+  static constexpr int panels_together(int rows) {
+    return rows == 1 ? 4 : 2 * rows <= kRows ? 2 : 1;
   }
 
   // Step `step` back from the end, or at step T the gradient of h0, for the sequences [b0, b1) and
@@ -374,41 +398,70 @@ struct LstmBackwardLoop {
     const int64_t rows_after = initial ? (s.T ? s.B : 0) : rows_at(s, after);
     const int64_t count = max64((initial ? b1 : min64(b1, s.rows[t])) - b0, 0);
     const int64_t tiles = ceil_div(count, kRows);
-    alignas(64) T sums[kRows * kPanel<T>];
-    for (int64_t p = p0; p < p1; ++p) {
-      const int64_t column = p * kPanel<T>;
-      const int vectors = int(ceil_div(min64(kPanel<T>, s.H - column), kLanes<T>));
+    alignas(64) T sums[kRows * 2 * kPanel<T>];
+    const int most = count ? int(ceil_div(count, tiles)) : 1;
+    for (int64_t p = p0; p < p1;) {
+      const int64_t column = p * kPanel<T>, columns = s.H - column;
+      const int vectors = int(ceil_div(min64(kPanel<T>, columns), kLanes<T>));
+      const int together = panels_together(most);
+      const int panels = p + together <= p1 && columns >= together * kPanel<T> ? together : 1;
       int64_t b = b0;
       for (int64_t i = 0; i < tiles; ++i) {
         const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
         const T* from[kRows];
         for (int m = 0; m < rows; ++m) {
           const int64_t row = b + m;
-          int64_t source = after;
-          if (initial) source = d ? last_step(row) : 0;
+          const int64_t source = !initial ? after : d ? last_step(row) : 0;
           from[m] = row < rows_after ? dgates[d] + (s.first[source] + row) * 4 * s.H : zero;
         }
-        with_const<kRows>(rows, [&](auto n) {
-          with_const<kPanelVectors>(vectors, [&](auto v) {
-            tile<decltype(n)::value, decltype(v)::value>(d, column, from, b >= rows_after, sums);
-          });
-        });
-        for (int m = 0; m < rows; ++m, ++b) {
-          for (int v = 0; v < vectors; ++v) {
-            const int64_t unit = column + v * kLanes<T>, state = (d * s.B + b) * s.H + unit;
-            const int lanes = int(min64(kLanes<T>, s.H - unit));
-            Vec<T> dh = load(sums + (m * vectors + v) * kLanes<T>);
-            if (b >= rows_after && a.dh_n) dh += load(a.dh_n + state, lanes);
-            if (initial) {
-              store(a.dh0 + state, dh, lanes);
-              continue;
-            }
-            if (a.dy.base) dh += load(at(a.dy, s, t, b) + d * s.H + unit, lanes);
-            finish(d, t, b, unit, dh);
+        multiply_rows(d, column, rows, vectors, panels, from, b < rows_after, sums);
+        for (int j = 0; j < panels * vectors; ++j) {
+          const int64_t unit = column + j * kLanes<T>;
+          const T* sum = sums + ((j / vectors) * rows * vectors + j % vectors) * kLanes<T>;
+          for (int m = 0; m < rows; ++m) {
+            add_paths(d, t, b + m, unit, load(sum + m * vectors * kLanes<T>), initial,
+                      b + m >= rows_after);
           }
         }
+        b += rows;
       }
+      p += panels;
     }
+  }
+
+  // dL/dh by way of the later step, of rows whose pre-activation gradients are `from`.
+  void multiply_rows(int d, int64_t column, int rows, int vectors, int panels, const T* const* from,
+                     bool any, T* sums) {
+    const int64_t K = any ? 4 * a.shape.H : 0, stride = 4 * a.shape.H * kPanel<T>;
+    const T* panel = packed[d] + column * 4 * a.shape.H;
+    with_const<kRows>(rows, [&](auto n) {
+      constexpr int kN = decltype(n)::value;
+      constexpr int kTwo = 2 * kN <= kRows ? 2 : 1, kFour = kN == 1 ? 4 : kTwo;
+      if (panels == 4) {
+        rows_times_panels<T, kN, kPanelVectors, kFour>(K, from, panel, stride, sums);
+      } else if (panels == 2) {
+        rows_times_panels<T, kN, kPanelVectors, kTwo>(K, from, panel, stride, sums);
+      } else if (vectors == kPanelVectors) {
+        rows_times_panels<T, kN, kPanelVectors, 1>(K, from, panel, stride, sums);
+      } else {
+        rows_times_panels<T, kN, 1, 1>(K, from, panel, stride, sums);
+      }
+    });
+  }
+
+  // From dL/dh by way of the later step to all of it, and on to the cell, or to dh0 at the start.
+  FASTSEQ_INLINE void add_paths(int d, int64_t t, int64_t b, int64_t unit, Vec<T> dh, bool initial,
+                                bool last) {
+    const LstmShape& s = a.shape;
+    const int64_t state = (d * s.B + b) * s.H + unit;
+    const int lanes = int(min64(kLanes<T>, s.H - unit));
+    if (last && a.dh_n) dh += load(a.dh_n + state, lanes);
+    if (initial) {
+      store(a.dh0 + state, dh, lanes);
+      return;
+    }
+    if (a.dy.base) dh += load(at(a.dy, s, t, b) + d * s.H + unit, lanes);
+    finish(d, t, b, unit, dh);
   }
 
   int64_t last_step(int64_t b) const {

@@ -27,9 +27,10 @@ template <class T>
 FASTSEQ_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
 }
+// a - 0 and not 0 + a: the former is a for -0 too, so that it folds into a broadcasting load.
 template <class T>
 FASTSEQ_INLINE Vec<T> broadcast(T a) {
-  return Vec<T>{} + a;
+  return a - Vec<T>{};
 }
 
 // The first n lanes only, 0 <= n; memory beyond them is neither read nor written.
