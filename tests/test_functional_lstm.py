@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,6 +151,60 @@ def test_gradients_through_some_of_the_outputs(used):
         case.inputs,
         [case.cotangents[i] for i in used],
     )
+
+
+LENGTHS = [[1], [3], [2, 1], [7, 5, 5, 1], [4] * 3, [9, 8, 7, 6, 5, 4, 3, 2, 1], [20, *[1] * 16]]
+
+
+def packed_case(lengths: list[int], **options) -> tuple[LSTMCase, torch.Tensor]:
+    """A call on packed rows [N, I], and its batch_sizes."""
+    sizes = [sum(length > t for length in lengths) for t in range(lengths[0])]
+    case = lstm_case(1, len(lengths), 5, 9, **options)
+    rows = lstm_case(sum(sizes), None, 5, 9, **options)
+    cotangents = [rows.cotangents[0], *case.cotangents[1:]]
+    case = case.map(lambda _: rows.inputs["x"], "x")
+    return replace(case, cotangents=cotangents), torch.tensor(sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
+def test_packed_rows(lengths, num_layers, bidirectional, dtype):
+    options = dict(num_layers=num_layers, bidirectional=bidirectional)
+    case, sizes = packed_case(lengths, **options, dtype=dtype)
+
+    def torch_lstm(x, h0, c0, *params):
+        return torch.lstm(x, sizes, (h0, c0), params, True, num_layers, 0.0, False, bidirectional)
+
+    assert_matches(
+        case.functional(functional.lstm, batch_sizes=sizes),
+        case.functional(rnn.lstm, batch_sizes=sizes.tolist()),
+        torch_lstm,
+        case.inputs,
+        case.cotangents,
+        names=case.names,
+        what=f"packed {lengths} {options}",
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes,kind",
+    [
+        ([2, 3, 2], ValueError),
+        ([3, 2, 1], ValueError),
+        ([3, 3, 2, 0], ValueError),
+        ([4, 4], ValueError),
+        ([3.0, 3.0, 2.0], TypeError),
+        ([[3, 3, 2]], TypeError),
+    ],
+    ids=str,
+)
+def test_wrong_batch_sizes_are_refused(sizes, kind):
+    case, right = packed_case([3, 3, 2])
+    assert right.tolist() == [3, 3, 2]
+    with pytest.raises(kind, match=r"fastseq\.lstm: expected .*(batch_sizes|hx).* got"):
+        case.functional(functional.lstm, batch_sizes=torch.tensor(sizes))(*case.inputs.values())
 
 
 def test_a_long_sequence():
