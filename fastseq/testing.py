@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 # Roundings that follow the longest sum behind an element: the bias, the activation, the product
-# with another gate, the store. Sums themselves are covered by torch's error.
+# with another gate, the store. Sums themselves are covered by torch's error. In one element all
+# may go the same way; over a tensor they add like independent errors.
 _ROUNDINGS = 4
 
 
@@ -47,12 +48,13 @@ def assert_close_to_reference(
     nothing has no meaningful relative error.
 
     With ``u`` the unit roundoff of ``actual.dtype``, N the number of finite elements and ``|.|``
-    either norm of the expected tensor, rounding is ``4 u |expected| u^(-1/(2N))``. The last factor
-    is about luck. N results can all be small against the terms they were summed from by a factor
-    d with a probability near d^N (and torch's N errors can all be small by chance likewise), so the
-    terms may be larger than the results by d = u^(-1/(2N)) with a probability near sqrt(u). It is
-    1.0001 for a tensor of 64K, 1.7 for 16 elements, 8 for 4; a single element is checked to half
-    its digits. A wrong gate, a missed bias or a stale row errs by 1e-3 of the tensor and more,
+    either norm of the expected tensor, rounding is ``k u |expected| u^(-1/(2N))``, with k = 4 for
+    the largest error and 2 = sqrt(4) for the Frobenius norm. The last factor is about luck. N
+    results can all be small against the terms they were summed from by a factor d with a
+    probability near d^N (and torch's N errors can all be small by chance likewise), so the terms
+    may be larger than the results by d = u^(-1/(2N)) with a probability near sqrt(u). It is 1.0001
+    for a tensor of 64K, 1.7 for 16 elements, 8 for 4; a single element is checked to half its
+    digits. A wrong gate, a missed bias or a stale row errs by 1e-3 of the tensor and more,
     thousands of budgets in float32.
 
     Args:
@@ -99,7 +101,7 @@ def assert_close_to_reference(
     if count == 0:
         return
     unit = torch.finfo(dtype).eps / 2
-    rounding = _ROUNDINGS * unit * unit ** (-0.5 / count)
+    rounding = unit * unit ** (-0.5 / count)
     if baseline is None or dtype == torch.float64:
         rounding *= math.sqrt(count if terms is None else terms)
     error = (got - truth).abs().where(finite, 0.0)
@@ -110,12 +112,12 @@ def assert_close_to_reference(
     torch_errors = [e.where(finite & e.isfinite(), 0.0) for e in torch_errors]
     # Flushing denormals to zero is not an error.
     flush = torch.finfo(dtype).smallest_normal
-    for norm, order, floor in (
-        ("largest", math.inf, flush),
-        ("Frobenius", 2, flush * math.sqrt(count)),
+    for norm, order, roundings, floor in (
+        ("largest", math.inf, _ROUNDINGS, flush),
+        ("Frobenius", 2, math.sqrt(_ROUNDINGS), flush * math.sqrt(count)),
     ):
         size = float(torch.linalg.vector_norm(error, order))
-        own = rounding * float(torch.linalg.vector_norm(truth, order)) + floor
+        own = roundings * rounding * float(torch.linalg.vector_norm(truth, order)) + floor
         by_torch = max((float(torch.linalg.vector_norm(e, order)) for e in torch_errors), default=0)
         if size <= 2 * by_torch + own:
             continue

@@ -49,6 +49,8 @@ def grid() -> list[tuple[int, int, int, int]]:
     draw = random.Random(0)
     small = [size for size in edges if size < 17]
     sizes += [tuple(draw.choice(small) for _ in "TBIH") for _ in range(24)]
+    # Long recurrent sums of small terms, where the order of accumulation shows.
+    sizes += [(2, 64, 2, 512), (50, 4, 8, 300), (50, 64, 8, 128)]
     return [*sizes, (1, 1, 1, 1), (3, 0, 3, 4), (9, 130, 33, 40), (40, 2, 70, 129)]
 
 
