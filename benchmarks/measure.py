@@ -1,0 +1,149 @@
+"""Timing: interleaved, adaptive, honest about the machine it ran on."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+
+from fastseq import _native
+
+__all__ = ["Timing", "busy", "interleaved", "machine", "peak_gflops"]
+
+# A sample shorter than this would measure the clock and the interpreter's jitter.
+SAMPLE_SECONDS = 2e-3
+FEWEST_ROUNDS, MOST_ROUNDS = 7, 1000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: median and quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        low, median, high = quantiles(samples, n=4, method="inclusive")
+        return cls(median, low, high, len(samples))
+
+    @property
+    def spread(self) -> float:
+        """Distance between the quartiles as a part of the median."""
+        return (self.high - self.low) / self.median
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _seconds(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def interleaved(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
+    """Time every call in turn, round after round, so that all meet the same machine.
+
+    Args:
+        calls: what to time, by name.
+        seconds: time to spend in all, warm-up included; each call gets at least 7 samples.
+
+    Returns:
+        A Timing for each name, over equally many rounds.
+    """
+    start = time.perf_counter()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    with _without_garbage_collection():
+        repeat = {}
+        for name, call in calls.items():
+            once = min(_seconds(call, 1) for _ in range(3))
+            repeat[name] = max(1, math.ceil(SAMPLE_SECONDS / once))
+            _seconds(call, repeat[name])
+        order = list(calls)
+        for round_number in range(MOST_ROUNDS):
+            if round_number >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+                break
+            # What runs first finds the caches of the last; take turns at that too.
+            for name in order if round_number % 2 else reversed(order):
+                samples[name].append(_seconds(calls[name], repeat[name]))
+    return {name: Timing.of(times) for name, times in samples.items()}
+
+
+def peak_gflops(dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> float:
+    """The best rate torch's matrix product reaches on this many threads, in GFLOP/s.
+
+    Matrices of 1024 x 1024: long enough to hide the start, small enough for the caches. It is
+    the practical roof: kernels that stream weights a step at a time stay below it.
+    """
+    n = 1024
+    a, b, out = (torch.rand(n, n, dtype=dtype) for _ in range(3))
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        best = min(best, _seconds(lambda: torch.mm(a, b, out=out), 1))
+    return 2.0 * n**3 / best / 1e9
+
+
+def busy(seconds: float = 0.5) -> str | None:
+    """Why timings taken now would mislead, or None.
+
+    Another process shows in the load average, or as loops of Python that take longer than the
+    shortest of them: a core taken away for a time slice stretches a loop many times over.
+    """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    loops, until = [], time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        loops.append(_seconds(lambda: sum(range(1000)), 20))
+    lost = 1 - min(loops) * len(loops) / sum(loops)
+    if load > 0.5:
+        return f"the load average is {load:.2f}; an idle machine stands below 0.5"
+    if lost > 0.15:
+        return f"{lost:.0%} of the time of an idle loop went elsewhere"
+    return None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, str]:
+    """What a reader needs in order to compare: processor, threads, versions, instruction set."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "isa": _native.isa() if _native.loaded() else f"none: {_native.why_not_loaded()}",
+        "dtype": "float32",
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
