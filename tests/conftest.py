@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+# Tests run side by side; what each starts in turn must not want every core for itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     torch.manual_seed(0)
     random.seed(0)
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    dtype = torch.get_default_dtype()
+    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     torch.set_default_dtype(dtype)
