@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 
@@ -127,3 +132,22 @@ def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="fastseq.use_backend: expected .*auto.* got 'cuda9'"):
         with fastseq.use_backend("cuda9"):
             pass
+
+
+@native
+def test_the_environment_may_lower_the_instruction_set():
+    program = """
+        import torch, fastseq
+        from fastseq import _native, nn
+        assert _native.isa() == "scalar", _native.isa()
+        said = str(fastseq.explain(nn.LSTM(3, 4), torch.randn(2, 1, 3)))
+        assert "scalar" in said and "FASTSEQ_CPU_ISA" in said, said
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=os.environ | {"FASTSEQ_CPU_ISA": "scalar"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr

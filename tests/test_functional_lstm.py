@@ -156,6 +156,8 @@ def test_gradients_through_some_of_the_outputs(used):
 
 
 LENGTHS = [[1], [3], [2, 1], [7, 5, 5, 1], [4] * 3, [9, 8, 7, 6, 5, 4, 3, 2, 1], [20, *[1] * 16]]
+# Enough rows for one long sum over all of them to err more than torch's sums step by step.
+LENGTHS += [sorted([1 + row % 12 for row in range(60)], reverse=True)]
 
 
 def packed_case(lengths: list[int], **options) -> tuple[LSTMCase, torch.Tensor]:
@@ -171,7 +173,7 @@ def packed_case(lengths: list[int], **options) -> tuple[LSTMCase, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda v: "-".join(map(str, v[:9])))
 def test_packed_rows(lengths, num_layers, bidirectional, dtype):
     options = dict(num_layers=num_layers, bidirectional=bidirectional)
     case, sizes = packed_case(lengths, **options, dtype=dtype)

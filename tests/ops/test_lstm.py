@@ -141,18 +141,36 @@ def test_an_unknown_instruction_set_is_refused():
 
 
 SHAPES = [(7, 33, 20, 40), (5, 1, 64, 96), (20, 6, 9, 130), (1, 64, 16, 32), (3, 130, 65, 64)]
+# Batches that threads split into parts of unequal height.
+SHAPES += [(3, B, 20, 40) for B in (5, 12, 16, 17, 25, 37)]
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("size", SHAPES, ids=str)
 def test_same_bits_for_any_number_of_threads_and_every_run(size, isa):
     _native.set_isa(isa)
-    case = lstm_case(*size, num_layers=2, bidirectional=True)
+    for bidirectional in (False, True):
+        case = lstm_case(*size, bidirectional=bidirectional)
+        torch.set_num_threads(1)
+        expected = run(case)
+        for threads in (1, 2, 3, 4, 2):
+            torch.set_num_threads(threads)
+            assert_same_bits(run(case), expected, f"{threads} threads")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_packed_rows_keep_their_bits_for_any_number_of_threads(isa):
+    _native.set_isa(isa)
+    sizes = torch.tensor([37, 37, 30, 16, 16, 9, 1, 1])
+    case = lstm_case(1, 37, 20, 40, bidirectional=True)
+    rows = torch.randn(int(sizes.sum()), 20)
+    cotangents = [torch.randn(len(rows), 80), *case.cotangents[1:]]
+    fn, inputs = case.functional(functional.lstm, batch_sizes=sizes), case.inputs | {"x": rows}
     torch.set_num_threads(1)
-    expected = run(case)
-    for threads in (1, 2, 3, 2):
+    expected = run_with_grads(fn, inputs, cotangents)
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        assert_same_bits(run(case), expected, f"{threads} threads")
+        assert_same_bits(run_with_grads(fn, inputs, cotangents), expected, f"{threads} threads")
 
 
 def test_inference_gives_the_bits_of_training():
