@@ -96,10 +96,12 @@ def lstm_kernel(
     if hx is None:
         hx = _zero_state(input, params, num_layers, bidirectional, batch_first, batch_sizes)
     h0, c0 = hx
-    save = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, h0, c0, *params) if t is not None
-    )
-    call = _lstm_op.lstm_fwd if torch.compiler.is_compiling() else _lstm_op.lstm_fwd_autograd
+    if torch.compiler.is_compiling():
+        call = _lstm_op.lstm_fwd
+        save = any(t.requires_grad for t in (x, h0, c0, *params)) and torch.is_grad_enabled()
+    else:
+        call = _lstm_op.lstm_fwd_autograd
+        save = torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, *params)
     per_cell = 4 if has_biases else 2
     no_biases = () if has_biases else (None, None)
     no_reverse = () if bidirectional else (None, None, None, None)

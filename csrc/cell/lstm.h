@@ -4,7 +4,7 @@
 //   c = f * c_prev + i * g              h = o * tanh(c)
 //
 // Gate order i, f, g, o is torch's. Source: Hochreiter and Schmidhuber 1997; forget gate, Gers et
-// al. 2000. V needs + - *, and sigmoid(V), tanh(V) found by argument-dependent or enclosing lookup.
+// al. 2000. V needs + - *, fma, sigmoid and tanh, found by argument-dependent or enclosing lookup.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -29,17 +29,19 @@ FASTSEQ_CELL V lstm_forward(LstmGates<V>& z, V& c) {
   z.f = sigmoid(z.f);
   z.g = tanh(z.g);
   z.o = sigmoid(z.o);
-  c = z.f * c + z.i * z.g;
+  c = fma(z.f, c, z.i * z.g);
   return z.o * tanh(c);
 }
 
 // In: activated gates a, cell states c and c_prev, dh = dL/dh of this step from every path, and
-// dc = dL/dc from the later step. Out: dc for the earlier step. Returns dL/d(pre-activations).
+// dc = dL/dc from the later step. Out: dc for the earlier step, and h once more. Returns
+// dL/d(pre-activations).
 template <class V>
-FASTSEQ_CELL LstmGates<V> lstm_backward(const LstmGates<V>& a, V c, V c_prev, V dh, V& dc) {
+FASTSEQ_CELL LstmGates<V> lstm_backward(const LstmGates<V>& a, V c, V c_prev, V dh, V& dc, V& h) {
   const V one = V{} + 1;
   const V tanh_c = tanh(c);
-  const V dcell = dc + dh * a.o * (one - tanh_c * tanh_c);
+  h = a.o * tanh_c;
+  const V dcell = fma(dh * a.o, one - tanh_c * tanh_c, dc);
   LstmGates<V> dz;
   dz.i = dcell * a.g * a.i * (one - a.i);
   dz.f = dcell * c_prev * a.f * (one - a.f);

@@ -1,6 +1,7 @@
 #include "tensors.h"
 
 #include <sstream>
+#include <stdexcept>
 
 namespace fastseq {
 namespace ops {
@@ -62,7 +63,7 @@ void check_tensor(const char* op, const char* argument, const Tensor& t, const T
   for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
   text << "]" << (t.scalar_type() == like.scalar_type() ? "" : " in another dtype")
        << (t.is_cpu() ? "" : " on another device");
-  STD_TORCH_CHECK(false, text.str());
+  throw std::runtime_error(text.str());
 }
 
 }  // namespace ops

@@ -8,7 +8,7 @@ namespace fastseq {
 template <class T>
 struct Gemm {
   int64_t M, N, K;
-  // A[m][k] at a + m * a_m + k * a_k: either may be 1.
+  // A[m][k] at a + m * a_m + k * a_k; one of the two is 1.
   const T* a;
   int64_t a_m, a_k;
   // Row k of B, contiguous in n: b_rows[k], or b + k * ldb where b_rows is null.

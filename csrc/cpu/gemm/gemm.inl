@@ -2,50 +2,66 @@
 // caches, the register tile runs over them. Sums are blocked over k at fixed places, so results
 // have the same bits for any number of threads.
 
-// A block of B (kBlockK x kBlockN) and one of A (kBlockM x kBlockK) share the L2 cache: 256 KiB and
-// 96 KiB of float.
-constexpr int64_t kBlockK = 256, kBlockN = 256, kBlockM = 96;
+// A block of B (kBlockK x kBlockN) and one of A (kBlockM x kBlockK) share the second-level cache:
+// 512 KiB and 96 KiB of float.
+constexpr int64_t kBlockK = 256, kBlockN = 512, kBlockM = 96;
 
+// Packing memory of one task.
 template <class T>
 struct GemmBlocks {
-  static constexpr int64_t a_elements = kBlockM * kBlockK;
-  static constexpr int64_t b_elements = (kBlockN + kPanel<T>)*kBlockK;
   T* a;
   T* b;
+  // Elements of each that a product needs.
+  static int64_t a_size(const Gemm<T>& g) {
+    return g.a_k == 1 ? 0 : min64(kBlockM, ceil_div(g.M, kRows) * kRows) * min64(kBlockK, g.K);
+  }
+  static int64_t b_size(const Gemm<T>& g) {
+    return min64(kBlockN, ceil_div(g.N, kPanel<T>) * kPanel<T>) * min64(kBlockK, g.K);
+  }
 };
 
+// [k][n] to [panels][k][columns of the panel]. Rows may be whole pages apart, so that each is read
+// over several panels before the next.
 template <class T>
 void pack_b(const Gemm<T>& g, int64_t k0, int64_t k1, int64_t n0, int64_t n1, T* out) {
-  for (int64_t n = n0; n < n1; n += kPanel<T>) {
-    const int cols = int(min64(kPanel<T>, n1 - n));
-    const int vectors = int(ceil_div(cols, kLanes<T>));
+  constexpr int64_t kTogether = 4 * kPanel<T>;
+  for (int64_t group = n0; group < n1; group += kTogether) {
+    const int64_t group_end = min64(group + kTogether, n1);
     for (int64_t k = k0; k < k1; ++k) {
-      const T* row = (g.b_rows ? g.b_rows[k] : g.b + k * g.ldb) + n;
-      for (int v = 0; v < vectors; ++v, out += kLanes<T>) {
-        store(out, load(row + v * kLanes<T>, cols - v * kLanes<T>));
+      const T* row = g.b_rows ? g.b_rows[k] : g.b + k * g.ldb;
+      for (int64_t n = group; n < group_end; n += kPanel<T>) {
+        const int cols = int(min64(kPanel<T>, n1 - n));
+        const int vectors = int(ceil_div(cols, kLanes<T>));
+        T* to = out + (n - n0) * (k1 - k0) + (k - k0) * vectors * kLanes<T>;
+        for (int v = 0; v < vectors; ++v) {
+          store(to + v * kLanes<T>, load(row + n + v * kLanes<T>, cols - v * kLanes<T>));
+        }
       }
     }
   }
 }
 
+// A with columns side by side (a_m = 1), to [tiles][k][kRows], row by row for the same reason.
 template <class T>
 void pack_a(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t k0, int64_t k1, T* out) {
-  for (int64_t m = m0; m < m1; m += kRows) {
-    const int rows = int(min64(kRows, m1 - m));
-    const T* source = g.a + m * g.a_m + k0 * g.a_k;
-    for (int64_t k = k0; k < k1; ++k, source += g.a_k, out += kRows) {
-      int i = 0;
-      for (; i < rows; ++i) out[i] = source[i * g.a_m];
-      for (; i < kRows; ++i) out[i] = 0;
+  for (int64_t k = k0; k < k1; ++k) {
+    const T* source = g.a + k * g.a_k;
+    T* to = out + (k - k0) * kRows;
+    for (int64_t m = m0; m < m1; m += kRows, to += (k1 - k0) * kRows) {
+      if (m + kRows <= m1) {
+        __builtin_memcpy(to, source + m, kRows * sizeof(T));
+      } else {
+        for (int i = 0; i < kRows; ++i) to[i] = m + i < m1 ? source[m + i] : T(0);
+      }
     }
   }
 }
 
-// kRows rows of packed A by `Vectors` vectors of packed B, to sums [kRows][Vectors][lanes].
-template <class T, int Vectors>
-FASTSEQ_TILE void gemm_sums(int64_t K, const T* a, const T* b, T* sums) {
+// kRows rows of A by `Vectors` vectors of packed B, to sums [kRows][Vectors][lanes].
+template <class T, int Vectors, class A>
+FASTSEQ_TILE void gemm_sums(int64_t K, const A& a, const T* b, T* sums) {
   Vec<T> acc[kRows][Vectors] = {};
-  multiply<T, kRows, Vectors, 1>(K, PackedA<T>{a}, b, 0, acc);
+  multiply<T, kRows, Vectors, 1>(K, a, b, 0, acc, b);
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
@@ -53,8 +69,8 @@ FASTSEQ_TILE void gemm_sums(int64_t K, const T* a, const T* b, T* sums) {
   }
 }
 
-template <class T, int Vectors>
-FASTSEQ_INLINE void gemm_tile(int64_t K, const T* a, const T* b, T* c, int64_t ldc, int rows,
+template <class T, int Vectors, class A>
+FASTSEQ_INLINE void gemm_tile(int64_t K, const A& a, const T* b, T* c, int64_t ldc, int rows,
                               int cols, bool accumulate) {
   alignas(64) T sums[kRows * Vectors * kLanes<T>];
   gemm_sums<T, Vectors>(K, a, b, sums);
@@ -64,6 +80,24 @@ FASTSEQ_INLINE void gemm_tile(int64_t K, const T* a, const T* b, T* c, int64_t l
       const int lanes = cols - v * kLanes<T>;
       const Vec<T> sum = load(sums + (m * Vectors + v) * kLanes<T>);
       store(out, accumulate ? sum + load(out, lanes) : sum, lanes);
+    }
+  }
+}
+
+// The rows [m0, m1) of C by one panel of packed B.
+template <class T, int Vectors>
+void gemm_panel(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t k0, int64_t K, const T* packed_a,
+                const T* b, T* c, int cols, bool accumulate) {
+  for (int64_t m = m0; m < m1; m += kRows) {
+    const int rows = int(min64(kRows, m1 - m));
+    T* out = c + m * g.ldc;
+    if (g.a_k == 1) {
+      const T* row[kRows];
+      for (int i = 0; i < kRows; ++i) row[i] = g.a + (m + (i < rows ? i : 0)) * g.a_m + k0;
+      gemm_tile<T, Vectors>(K, RowsOfA<T>{row}, b, out, g.ldc, rows, cols, accumulate);
+    } else {
+      const PackedA<T> a{packed_a + (m - m0) * K};
+      gemm_tile<T, Vectors>(K, a, b, out, g.ldc, rows, cols, accumulate);
     }
   }
 }
@@ -79,15 +113,12 @@ void gemm_block(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1
       pack_b(g, k0, k1, nb, ne, blocks.b);
       for (int64_t mb = m0; mb < m1; mb += kBlockM) {
         const int64_t me = min64(mb + kBlockM, m1);
-        pack_a(g, mb, me, k0, k1, blocks.a);
+        if (g.a_k != 1) pack_a(g, mb, me, k0, k1, blocks.a);
         for (int64_t n = nb; n < ne; n += kPanel<T>) {
           const int cols = int(min64(kPanel<T>, ne - n));
           with_const<kPanelVectors>(int(ceil_div(cols, kLanes<T>)), [&](auto vectors) {
-            for (int64_t m = mb; m < me; m += kRows) {
-              gemm_tile<T, decltype(vectors)::value>(
-                  K, blocks.a + (m - mb) * K, blocks.b + (n - nb) * K, g.c + m * g.ldc + n, g.ldc,
-                  int(min64(kRows, me - m)), cols, accumulate);
-            }
+            gemm_panel<T, decltype(vectors)::value>(
+                g, mb, me, k0, K, blocks.a, blocks.b + (n - nb) * K, g.c + n, cols, accumulate);
           });
         }
       }
@@ -114,7 +145,6 @@ GemmSplit<T> split_gemm(const Gemm<T>& g, int threads) {
   return {by_rows, ceil_div(extent, chunk), chunk};
 }
 
-// `block_of(task)` gives each task its own packing memory.
 template <class T>
 void gemm(const Gemm<T>& g, const Threads& threads) {
   if (g.M == 0 || g.N == 0) return;
@@ -125,8 +155,8 @@ void gemm(const Gemm<T>& g, const Threads& threads) {
     return;
   }
   const GemmSplit<T> split = split_gemm(g, threads.count);
-  constexpr size_t a_bytes = GemmBlocks<T>::a_elements * sizeof(T);
-  constexpr size_t b_bytes = GemmBlocks<T>::b_elements * sizeof(T);
+  const size_t a_bytes = Scratch::padded(size_t(GemmBlocks<T>::a_size(g)) * sizeof(T));
+  const size_t b_bytes = Scratch::padded(size_t(GemmBlocks<T>::b_size(g)) * sizeof(T));
   Scratch scratch(size_t(split.tasks) * (a_bytes + b_bytes));
   char* memory = scratch.take<char>(size_t(split.tasks) * (a_bytes + b_bytes));
   run_tasks(threads, split.tasks, [&](int64_t task) {

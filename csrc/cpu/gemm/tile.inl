@@ -1,7 +1,8 @@
 // The register tile under every matrix product here: kRows rows of A by a few vectors of B.
 //
-// Each element is one chain of multiply-adds over k in ascending order, whatever the tile it falls
-// in. So results depend neither on how work is split among threads nor on the rows beside a row.
+// Each element is chains of multiply-adds over k in ascending order, cut at fixed k, whatever the
+// tile it falls in. So results depend neither on how work is split among threads nor on the rows
+// beside a row.
 
 // Two vectors of B stay in registers while up to kRows rows of A pass: tall rather than wide, for B
 // comes from the second-level cache and A from the first. 32 registers (AVX-512) take 24 sums + 2 +
@@ -34,23 +35,60 @@ struct PackedA {
   FASTSEQ_INLINE T at(int m, int64_t k) const { return packed[k * kRows + m]; }
 };
 
-// acc[m][v] += sum over k of A[m][k] * B[k][v]. B: `Panels` panels of `Vectors` vectors a k,
-// [K][Vectors * lanes], `panel_stride` elements apart. Few rows take several panels, for sums
+// Chains end, and their sums are added up, every so many k: the rounding of a sum grows with the
+// length of a chain.
+constexpr int64_t kChain = 128;
+
+// acc[m][v] += sum over k in [k0, k1) of A[m][k] * B[k][v]. B: `Panels` panels of `Vectors` vectors
+// a k, [K][Vectors * lanes], `panel_stride` elements apart. Few rows take several panels, for sums
 // enough (eight) to hide the latency of an FMA.
+//
+// `soon`: a line of it a k goes to the second-level cache meanwhile: half of the panel that
+// follows.
 template <class T, int Rows, int Vectors, int Panels, class A>
-FASTSEQ_INLINE void multiply(int64_t K, const A& a, const T* panel, int64_t panel_stride,
-                             Vec<T> (&acc)[Rows][Panels * Vectors]) {
-  for (int64_t k = 0; k < K; ++k) {
+FASTSEQ_INLINE void multiply_chain(int64_t k0, int64_t k1, const A& a, const T* panel,
+                                   int64_t panel_stride, Vec<T> (&acc)[Rows][Panels * Vectors],
+                                   const T* soon) {
+  for (int64_t k = k0; k < k1; ++k) {
+    __builtin_prefetch(soon + k * kLanes<T>, 0, 2);
     Vec<T> b[Panels * Vectors];
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int v = 0; v < Panels * Vectors; ++v) {
       b[v] = load(panel + (v / Vectors) * panel_stride + (k * Vectors + v % Vectors) * kLanes<T>);
     }
 #pragma GCC unroll 12
     for (int m = 0; m < Rows; ++m) {
       const Vec<T> a_mk = broadcast(a.at(m, k));
+#pragma GCC unroll 8
+      for (int v = 0; v < Panels * Vectors; ++v) acc[m][v] = fma(a_mk, b[v], acc[m][v]);
+    }
+  }
+}
+
+// The same over all of [0, K), in chains of kChain.
+template <class T, int Rows, int Vectors, int Panels, class A>
+FASTSEQ_INLINE void multiply(int64_t K, const A& a, const T* panel, int64_t panel_stride,
+                             Vec<T> (&acc)[Rows][Panels * Vectors], const T* soon) {
+  if (K <= kChain) {
+    multiply_chain<T, Rows, Vectors, Panels>(0, K, a, panel, panel_stride, acc, soon);
+    return;
+  }
+  constexpr int kSums = Rows * Panels * Vectors;
+  alignas(64) T total[kSums * kLanes<T>];
+  for (int64_t k0 = 0; k0 < K; k0 += kChain) {
+    multiply_chain<T, Rows, Vectors, Panels>(k0, min64(k0 + kChain, K), a, panel, panel_stride, acc,
+                                             soon);
 #pragma GCC unroll 12
-      for (int v = 0; v < Panels * Vectors; ++v) acc[m][v] += a_mk * b[v];
+    for (int m = 0; m < Rows; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Panels * Vectors; ++v) {
+        T* sum = total + (m * Panels * Vectors + v) * kLanes<T>;
+        if (k0 > 0) acc[m][v] += load(sum);
+        if (k0 + kChain < K) {
+          store(sum, acc[m][v]);
+          acc[m][v] = Vec<T>{};
+        }
+      }
     }
   }
 }

@@ -3,6 +3,10 @@
 #include "../kernels.h"
 #include "../support/scratch.h"
 
+#if FASTSEQ_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+
 #define FASTSEQ_INLINE inline __attribute__((always_inline))
 // A register tile stands alone: inlined beside other code, its sums get spilled to the stack.
 #define FASTSEQ_TILE static __attribute__((noinline))
@@ -25,7 +29,11 @@ namespace {
 
 #include "../gemm/gemm.inl"
 
-#include "../lstm/lstm.inl"
+#include "../lstm/plan.inl"
+
+#include "../lstm/forward.inl"
+
+#include "../lstm/backward.inl"
 
 template <class T>
 void map_sigmoid(const T* x, T* y, int64_t n) {

@@ -2,7 +2,7 @@
 //
 // Included once per instruction-set file, inside that file's own anonymous namespace, so that no
 // copy compiled for a wide machine can be the one the linker keeps for a narrow one. Arithmetic is
-// the language's operators (a * b + c contracts to an FMA where the instruction set has one).
+// the language's operators, and fma().
 
 template <class T>
 struct VecOf {
@@ -50,6 +50,60 @@ FASTSEQ_INLINE void store(T* p, Vec<T> v, int n) {
   for (int lane = 0; lane < n; ++lane) p[lane] = v[lane];
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FASTSEQ_SHUFFLE 1
+#endif
+#endif
+
+// Transposes a square of lanes x lanes elements, a vector a row.
+template <class T>
+struct Square {
+  static constexpr int N = kLanes<T>;
+  Vec<T> row[N];
+
+#if defined(FASTSEQ_SHUFFLE)
+  template <int... I>
+  struct Indices {};
+  template <int Count, int... I>
+  struct Upto : Upto<Count - 1, Count - 1, I...> {};
+  template <int... I>
+  struct Upto<0, I...> {
+    using type = Indices<I...>;
+  };
+  // Elements begin, begin + 1, ... of a and of b in turn.
+  template <int Begin, int... I>
+  static FASTSEQ_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, Indices<I...>) {
+    return __builtin_shufflevector(a, b, (Begin + I / 2 + (I % 2) * N)...);
+  }
+  // Interleaving the halves log2(N) times takes element (i, j) to (j, i).
+  FASTSEQ_INLINE void transpose() {
+    using All = typename Upto<N>::type;
+#pragma GCC unroll 4
+    for (int stage = 1; stage < N; stage *= 2) {
+      Vec<T> next[N];
+#pragma GCC unroll 8
+      for (int i = 0; i < N / 2; ++i) {
+        next[2 * i] = interleave<0>(row[i], row[i + N / 2], All{});
+        next[2 * i + 1] = interleave<N / 2>(row[i], row[i + N / 2], All{});
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) row[i] = next[i];
+    }
+  }
+#else
+  void transpose() {
+    for (int i = 0; i < N; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const T swapped = row[i][j];
+        row[i][j] = row[j][i];
+        row[j][i] = swapped;
+      }
+    }
+  }
+#endif
+};
+
 // Constants of e^x = 2^n * e^r, |r| <= ln(2)/2. `round` added to and taken from x/ln(2) leaves the
 // nearest integer, whose bits then sit at the bottom of the sum. ln2_hi has trailing zeros enough
 // for n * ln2_hi to be exact (Cody and Waite 1980).
@@ -84,6 +138,43 @@ constexpr double inverse_factorial(int n) {
   return 1 / f;
 }
 
+// a * b + c, rounded once where the instruction set can.
+#if FASTSEQ_VECTOR_BYTES == 64
+FASTSEQ_INLINE VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
+FASTSEQ_INLINE VecD fma(VecD a, VecD b, VecD c) { return _mm512_fmadd_pd(a, b, c); }
+#elif FASTSEQ_VECTOR_BYTES == 32
+FASTSEQ_INLINE VecF fma(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
+FASTSEQ_INLINE VecD fma(VecD a, VecD b, VecD c) { return _mm256_fmadd_pd(a, b, c); }
+#else
+FASTSEQ_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+FASTSEQ_INLINE VecD fma(VecD a, VecD b, VecD c) { return a * b + c; }
+#endif
+
+// The nearest value in [lo, hi]; NaN stays NaN. (The compiler makes a comparison and a blend of
+// each side; a bound as first operand of the machine's own minimum does the same in one.)
+#if FASTSEQ_VECTOR_BYTES == 64
+FASTSEQ_INLINE VecF clamp(VecF x, float lo, float hi) {
+  return _mm512_max_ps(broadcast(lo), _mm512_min_ps(broadcast(hi), x));
+}
+FASTSEQ_INLINE VecD clamp(VecD x, double lo, double hi) {
+  return _mm512_max_pd(broadcast(lo), _mm512_min_pd(broadcast(hi), x));
+}
+#elif FASTSEQ_VECTOR_BYTES == 32
+FASTSEQ_INLINE VecF clamp(VecF x, float lo, float hi) {
+  return _mm256_max_ps(broadcast(lo), _mm256_min_ps(broadcast(hi), x));
+}
+FASTSEQ_INLINE VecD clamp(VecD x, double lo, double hi) {
+  return _mm256_max_pd(broadcast(lo), _mm256_min_pd(broadcast(hi), x));
+}
+#else
+template <class V, class T>
+FASTSEQ_INLINE V clamp(V x, T lo, T hi) {
+  const V low = lo - V{}, high = hi - V{};
+  x = x > high ? high : x;
+  return x < low ? low : x;
+}
+#endif
+
 template <class T>
 struct Exp {
   Vec<T> power;  // 2^n
@@ -95,14 +186,14 @@ template <class T>
 FASTSEQ_INLINE Exp<T> exp_parts(Vec<T> x) {
   using C = ExpConstants<T>;
   using VecI = Vec<typename C::Int>;
-  const Vec<T> shifted = x * C::log2e + C::round;
+  const Vec<T> shifted = fma(x, broadcast(C::log2e), broadcast(C::round));
   const Vec<T> n = shifted - C::round;
-  Vec<T> r = x - n * C::ln2_hi;
-  r = r - n * C::ln2_lo;
+  Vec<T> r = fma(n, broadcast(-C::ln2_hi), x);
+  r = fma(n, broadcast(-C::ln2_lo), r);
   Vec<T> p = broadcast<T>(T(inverse_factorial(C::terms)));
 #pragma GCC unroll 16
-  for (int k = C::terms - 1; k >= 2; --k) p = p * r + T(inverse_factorial(k));
-  p = r * r * p + r;
+  for (int k = C::terms - 1; k >= 2; --k) p = fma(p, r, broadcast(T(inverse_factorial(k))));
+  p = fma(r * r, p, r);
   const VecI bits = (VecI)shifted - (VecI)broadcast<T>(C::round) + C::bias;
   return {(Vec<T>)(bits << C::mantissa), p};
 }
@@ -110,21 +201,18 @@ FASTSEQ_INLINE Exp<T> exp_parts(Vec<T> x) {
 template <class T>
 FASTSEQ_INLINE Vec<T> sigmoid_of(Vec<T> x) {
   using C = ExpConstants<T>;
-  Vec<T> negated = -x;
-  negated = negated > C::max ? broadcast(C::max) : negated;
-  negated = negated < C::min ? broadcast(C::min) : negated;
-  const Exp<T> e = exp_parts<T>(negated);
-  return T(1) / (T(1) + (e.power * e.expm1 + e.power));
+  const Exp<T> e = exp_parts<T>(clamp(-x, C::min, C::max));
+  // (e^r - 1 + 1) 2^n and not e^r - 1 times 2^n, plus 2^n: where 2^n is infinite, so is the former.
+  return T(1) / (T(1) + (e.expm1 + T(1)) * e.power);
 }
 
 // By e^2x - 1, which keeps the relative error small near zero.
 template <class T>
 FASTSEQ_INLINE Vec<T> tanh_of(Vec<T> x) {
   using C = ExpConstants<T>;
-  Vec<T> y = x > C::tanh_max ? broadcast(C::tanh_max) : x;
-  y = y < -C::tanh_max ? broadcast(-C::tanh_max) : y;
+  const Vec<T> y = clamp(x, -C::tanh_max, C::tanh_max);
   const Exp<T> e = exp_parts<T>(y + y);
-  const Vec<T> expm1 = e.power * e.expm1 + (e.power - T(1));
+  const Vec<T> expm1 = fma(e.power, e.expm1, e.power - T(1));
   return expm1 / (expm1 + T(2));
 }
 
@@ -132,3 +220,45 @@ FASTSEQ_INLINE VecF sigmoid(VecF x) { return sigmoid_of<float>(x); }
 FASTSEQ_INLINE VecD sigmoid(VecD x) { return sigmoid_of<double>(x); }
 FASTSEQ_INLINE VecF tanh(VecF x) { return tanh_of<float>(x); }
 FASTSEQ_INLINE VecD tanh(VecD x) { return tanh_of<double>(x); }
+
+// Two vectors that go through the same maths side by side: one alone leaves the units waiting for
+// the long chain of its exponential.
+template <class T>
+struct Two {
+  Vec<T> a, b;
+  friend FASTSEQ_INLINE Two operator+(Two x, Two y) { return {x.a + y.a, x.b + y.b}; }
+  friend FASTSEQ_INLINE Two operator-(Two x, Two y) { return {x.a - y.a, x.b - y.b}; }
+  friend FASTSEQ_INLINE Two operator*(Two x, Two y) { return {x.a * y.a, x.b * y.b}; }
+  friend FASTSEQ_INLINE Two operator+(Two x, T y) { return {x.a + y, x.b + y}; }
+};
+template <class T>
+FASTSEQ_INLINE Two<T> fma(Two<T> x, Two<T> y, Two<T> z) {
+  return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)};
+}
+template <class T>
+FASTSEQ_INLINE Two<T> sigmoid(Two<T> x) {
+  return {sigmoid(x.a), sigmoid(x.b)};
+}
+template <class T>
+FASTSEQ_INLINE Two<T> tanh(Two<T> x) {
+  return {tanh(x.a), tanh(x.b)};
+}
+
+// The same vector of units of one row or of two, `stride` elements apart.
+template <class T>
+FASTSEQ_INLINE void load_rows(Vec<T>& v, const T* p, int64_t, int lanes) {
+  v = load(p, lanes);
+}
+template <class T>
+FASTSEQ_INLINE void load_rows(Two<T>& v, const T* p, int64_t stride, int lanes) {
+  v = {load(p, lanes), load(p + stride, lanes)};
+}
+template <class T>
+FASTSEQ_INLINE void store_rows(T* p, Vec<T> v, int64_t, int lanes) {
+  store(p, v, lanes);
+}
+template <class T>
+FASTSEQ_INLINE void store_rows(T* p, Two<T> v, int64_t stride, int lanes) {
+  store(p, v.a, lanes);
+  store(p + stride, v.b, lanes);
+}
