@@ -22,8 +22,8 @@ LIBRARY = "libfastseq.so"
 TORCH_TARGET = (2, 10)
 
 # No -march=native and no -ffast-math: an instruction set is chosen at run time, and NaN, infinity
-# and the order of sums mean what they say. An FMA stands where the source says fma, and nowhere else:
-# which of two products the compiler would contract may differ between two copies of one expression.
+# and the order of sums mean what they say. An FMA stands where the source says fma, and nowhere
+# else: which of two products the compiler contracts may differ between copies of one expression.
 CXXFLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized "
     "-ffp-contract=off -fno-math-errno -fno-trapping-math"

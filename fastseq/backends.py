@@ -43,6 +43,8 @@ class Explanation:
 def use_backend(name: str) -> Iterator[None]:
     """Choose the backend of every call inside the block, in this thread or task.
 
+    Functions compiled by torch.compile are not affected.
+
     Args:
         name: "auto" (a kernel where one serves, else PyTorch), "cpu" (fastseq's kernels or an
             error), "torch" (PyTorch's own code).
@@ -66,7 +68,8 @@ def lstm_obstacle(x: Tensor, params: Sequence[Tensor], proj_size: int = 0) -> st
     Raises:
         RuntimeError: it can't, and use_backend("cpu") is in force.
     """
-    forced = _forced.get()
+    # A compiled graph is the same wherever it runs: no choice made around a call enters it.
+    forced = "auto" if torch.compiler.is_compiling() else _forced.get()
     if forced == "torch":
         return _FORCED_TORCH
     obstacle = _lstm_obstacle(x, params, proj_size)
@@ -95,6 +98,8 @@ def _lstm_obstacle(x: Tensor, params: Sequence[Tensor], proj_size: int) -> str |
         return "autocast is on, and no kernel runs in its dtype yet"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records torch's own operators"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "no forward-mode derivative yet"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "no rule for torch.func transforms yet"
     if torch._C._len_torch_dispatch_stack() or type(x) not in _PLAIN_TENSORS:

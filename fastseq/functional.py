@@ -53,7 +53,7 @@ def lstm(
 
     Source: Hochreiter and Schmidhuber 1997; forget gate, Gers, Schmidhuber and Cummins 2000.
     """
-    _check_kinds(input, hx, params, has_biases, num_layers, bidirectional, batch_sizes)
+    _check_kinds(input, hx, params, has_biases, num_layers, dropout, bidirectional, batch_sizes)
     _check_shapes(
         input, hx, params, has_biases, num_layers, bidirectional, batch_first, batch_sizes
     )
@@ -143,7 +143,7 @@ def _zero_state(input, params, num_layers, bidirectional, batch_first, batch_siz
     return zeros, zeros
 
 
-def _check_kinds(input, hx, params, has_biases, num_layers, bidirectional, batch_sizes):
+def _check_kinds(input, hx, params, has_biases, num_layers, dropout, bidirectional, batch_sizes):
     def expect(what, kind, got):
         raise TypeError(f"fastseq.lstm: expected {what} to be {kind}, got {type(got).__name__}")
 
@@ -157,19 +157,40 @@ def _check_kinds(input, hx, params, has_biases, num_layers, bidirectional, batch
         expect("params", "a flat sequence of tensors", params)
     if batch_sizes is not None and not isinstance(batch_sizes, Tensor):
         expect("batch_sizes", "an int64 tensor or None", batch_sizes)
-    wanted = num_layers * (2 if bidirectional else 1) * (4 if has_biases else 2)
-    if len(params) != wanted:
-        raise ValueError(f"fastseq.lstm: expected {wanted} params, got {len(params)}")
+    if num_layers < 1:
+        raise ValueError(f"fastseq.lstm: expected num_layers of at least 1, got {num_layers}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"fastseq.lstm: expected dropout between 0 and 1, got {dropout}")
+    names = _param_names(has_biases, num_layers, bidirectional)
+    if len(params) != len(names):
+        raise ValueError(
+            f"fastseq.lstm: expected {len(names)} params ({names[0]}, ..., {names[-1]}), "
+            f"got {len(params)}"
+        )
     for name, tensor in zip(("hx[0]", "hx[1]"), hx or (), strict=False):
         if tensor.dtype != input.dtype:
             raise TypeError(
                 f"fastseq.lstm: expected {name} of dtype {input.dtype}, got {tensor.dtype}"
             )
-    if params[0].dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-        raise TypeError(
-            f"fastseq.lstm: expected input of the weights' dtype {params[0].dtype}, "
-            f"got {input.dtype}; convert one with .to()"
-        )
+    if torch.is_autocast_enabled(input.device.type):
+        return
+    for name, tensor in zip(names, params, strict=True):
+        if tensor.dtype != input.dtype:
+            raise TypeError(
+                f"fastseq.lstm: expected {name} of the input's dtype {input.dtype}, "
+                f"got {tensor.dtype}; convert one with .to()"
+            )
+
+
+def _param_names(has_biases, num_layers, bidirectional) -> list[str]:
+    """Of ``params``, in their order: torch.nn.LSTM's names."""
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if has_biases else 2]
+    return [
+        f"{kind}_l{layer}{side}"
+        for layer in range(num_layers)
+        for side in (("", "_reverse") if bidirectional else ("",))
+        for kind in kinds
+    ]
 
 
 def _check_shapes(
@@ -187,19 +208,21 @@ def _check_shapes(
         raise ValueError(f"fastseq.lstm: expected input of shape {layout}, got {list(input.shape)}")
     if params[1].dim() != 2:
         raise ValueError(
-            f"fastseq.lstm: expected weight_hh of shape [4*H, H], got {list(params[1].shape)}"
+            f"fastseq.lstm: expected weight_hh_l0 of shape [4*H, H], got {list(params[1].shape)}"
         )
     hidden, inputs = params[1].shape[1], input.shape[-1]
     directions = 2 if bidirectional else 1
-    per_cell = 4 if has_biases else 2
-    for cell in range(num_layers * directions):
-        w_ih, w_hh, *biases = params[cell * per_cell : (cell + 1) * per_cell]
-        first = cell < directions
-        width, letter = (inputs, "I") if first else (directions * hidden, "D*H")
-        expect("weight_ih", f"[4*H, {letter}]", [4 * hidden, width], w_ih)
-        expect("weight_hh", "[4*H, H]", [4 * hidden, hidden], w_hh)
-        for name, bias in zip(("bias_ih", "bias_hh"), biases, strict=False):
-            expect(name, "[4*H]", [4 * hidden], bias)
+    for name, tensor in zip(
+        _param_names(has_biases, num_layers, bidirectional), params, strict=True
+    ):
+        if name.startswith("bias"):
+            expect(name, "[4*H]", [4 * hidden], tensor)
+        elif name.startswith("weight_hh"):
+            expect(name, "[4*H, H]", [4 * hidden, hidden], tensor)
+        elif name.startswith("weight_ih_l0"):
+            expect(name, "[4*H, I]", [4 * hidden, inputs], tensor)
+        else:
+            expect(name, "[4*H, D*H]", [4 * hidden, directions * hidden], tensor)
     if batch_sizes is None:
         batch = input.shape[0 if batch_first else 1]
     else:

@@ -43,8 +43,9 @@ FASTSEQ_CELL LstmGates<V> lstm_backward(const LstmGates<V>& a, V c, V c_prev, V 
   h = a.o * tanh_c;
   const V dcell = fma(dh * a.o, one - tanh_c * tanh_c, dc);
   LstmGates<V> dz;
-  dz.i = dcell * a.g * a.i * (one - a.i);
-  dz.f = dcell * c_prev * a.f * (one - a.f);
+  // Factors below one first: dcell * c_prev may overflow where dz.f does not.
+  dz.i = dcell * (a.i * (one - a.i)) * a.g;
+  dz.f = dcell * (a.f * (one - a.f)) * c_prev;
   dz.g = dcell * a.i * (one - a.g * a.g);
   dz.o = dh * tanh_c * a.o * (one - a.o);
   dc = dcell * a.f;

@@ -130,7 +130,7 @@ def _backward(ctx, dy, dh_n, dc_n):
 
 def _backward_twice(inputs, batch_sizes, cotangents, need):
     """The same gradients, themselves differentiable: by autograd through the reference."""
-    # Views of their own: gradients must stop at this call's inputs, which may depend on one another.
+    # Views of their own: gradients must stop at this call's inputs, which may share a past.
     inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
     x, h0, c0, *weights = inputs
     sizes = None if batch_sizes is None else batch_sizes.tolist()
