@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
@@ -455,12 +456,23 @@ def test_a_weight_of_the_wrong_shape_is_refused():
     assert ".cpp" not in str(failure.value)
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiles(fullgraph):
+    """torch's compiler takes no subclass of nn.LSTM whole unless its own switch says so."""
     module, x = nn.LSTM(4, 6, 2, batch_first=True, bidirectional=True), torch.randn(3, 5, 4)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     exact = copy.deepcopy(module).double()
-    for value in (x, x[0]):
-        assert_close_to_reference(compiled(value)[0], exact(value.double())[0], module(value)[0])
+    with torch._dynamo.config.patch(allow_rnn=fullgraph):
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=fullgraph)
+        for value in (x, x[0]):
+            eager = module(value)[0]
+            found = compiled(value)[0]
+            assert_close_to_reference(found, exact(value.double())[0], eager)
+            grads = [
+                torch.autograd.grad(y.sum(), list(module.parameters())) for y in (found, eager)
+            ]
+            truth = torch.autograd.grad(exact(value.double())[0].sum(), list(exact.parameters()))
+            for got, want, other in zip(grads[0], truth, grads[1], strict=True):
+                assert_close_to_reference(got, want, other)
 
 
 def test_traces():
