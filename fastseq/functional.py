@@ -93,12 +93,13 @@ def lstm_kernel(
     """:func:`lstm` once the backend is known to serve it: arguments are checked by the op alone."""
     x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
     directions = 2 if bidirectional else 1
-    if hx is None:
+    if hx is None and batch_sizes is not None:
         hx = _zero_state(input, params, num_layers, bidirectional, batch_first, batch_sizes)
-    h0, c0 = hx
+    h0, c0 = hx or (None, None)
     if torch.compiler.is_compiling():
         call = _lstm_op.lstm_fwd
-        save = any(t.requires_grad for t in (x, h0, c0, *params)) and torch.is_grad_enabled()
+        tensors = [t for t in (x, h0, c0, *params) if t is not None]
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     else:
         call = _lstm_op.lstm_fwd_autograd
         save = torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, *params)
@@ -112,7 +113,7 @@ def lstm_kernel(
         for cell in range(cells.start, cells.stop):
             weights += params[cell * per_cell : (cell + 1) * per_cell]
             weights += no_biases
-        whole = num_layers == 1
+        whole = num_layers == 1 or h0 is None
         x, h_n, c_n, _, _ = call(
             x,
             h0 if whole else h0[cells],

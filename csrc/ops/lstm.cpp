@@ -24,45 +24,43 @@ struct Steps {
   LstmShape shape;
 };
 
-Steps steps_of(const char* op, const Tensor& x, const Tensor& h0, const Weights& w,
-               const OptionalTensor& batch_sizes) {
+Steps steps_of(const char* op, const Tensor& x, const OptionalTensor& h0, const Tensor& w_hh,
+               int64_t directions, const OptionalTensor& batch_sizes) {
   Steps s;
   const bool packed = batch_sizes.has_value();
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == (packed ? 2 : 3), "fastseq.", op,
-                  ": expected x of shape ", packed ? "[N, I]" : "[T, B, I]", ", got ", x.dim(),
-                  " dimensions");
-  STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float ||
-                      x.scalar_type() == torch::headeronly::ScalarType::Double,
-                  "fastseq.", op, ": expected float32 or float64");
-  STD_TORCH_CHECK(h0.dim() == 3 && w.w_hh.dim() == 2, "fastseq.", op,
-                  ": expected h0 of shape [D, B, H] and w_hh of shape [4*H, H]");
+  require(x.is_cpu() && x.dim() == (packed ? 2 : 3), "fastseq.", op, ": expected x of shape ",
+          packed ? "[N, I]" : "[T, B, I]", ", got ", x.dim(), " dimensions");
+  require(x.scalar_type() == torch::headeronly::ScalarType::Float ||
+              x.scalar_type() == torch::headeronly::ScalarType::Double,
+          "fastseq.", op, ": expected float32 or float64");
+  require(w_hh.dim() == 2, "fastseq.", op, ": expected w_hh of shape [4*H, H]");
+  if (packed) {
+    require(batch_sizes->is_cpu() && batch_sizes->dim() == 1 &&
+                batch_sizes->scalar_type() == torch::headeronly::ScalarType::Long,
+            "fastseq.", op, ": expected batch_sizes as int64 [T] on the CPU");
+  }
+  require(!packed || (h0 && h0->dim() == 3), "fastseq.", op,
+          ": expected h0 of shape [D, B, H] beside batch_sizes");
+  const Tensor sizes = packed ? as_contiguous(*batch_sizes) : x;
   LstmShape& shape = s.shape;
   shape.T = packed ? batch_sizes->size(0) : x.size(0);
-  shape.B = packed ? h0.size(1) : x.size(1);
+  shape.B = packed ? h0->size(1) : x.size(1);
   shape.I = x.size(packed ? 1 : 2);
-  shape.H = w.w_hh.size(1);
-  shape.D = h0.size(0);
-  STD_TORCH_CHECK(shape.D == 1 || shape.D == 2, "fastseq.", op,
-                  ": expected one or two directions, got h0 for ", shape.D);
+  shape.H = w_hh.size(1);
+  shape.D = directions;
   s.rows.resize(size_t(shape.T));
   s.first.resize(size_t(shape.T));
   int64_t tokens = 0;
-  if (packed) {
-    STD_TORCH_CHECK(batch_sizes->is_cpu() && batch_sizes->dim() == 1 &&
-                        batch_sizes->scalar_type() == torch::headeronly::ScalarType::Long,
-                    "fastseq.", op, ": expected batch_sizes as int64 [T] on the CPU");
-  }
-  const Tensor sizes = packed ? as_contiguous(*batch_sizes) : x;
   for (int64_t t = 0; t < shape.T; ++t) {
     const int64_t rows = packed ? read<int64_t>(sizes)[t] : shape.B;
-    STD_TORCH_CHECK(!packed || (rows >= 1 && rows <= (t ? s.rows[size_t(t) - 1] : shape.B)),
-                    "fastseq.", op, ": expected batch_sizes to start at B and never increase");
+    require(!packed || (rows >= 1 && rows <= (t ? s.rows[size_t(t) - 1] : shape.B)), "fastseq.", op,
+            ": expected batch_sizes to start at B and never increase");
     s.rows[size_t(t)] = rows;
     s.first[size_t(t)] = tokens;
     tokens += rows;
   }
-  STD_TORCH_CHECK(!packed || (tokens == x.size(0) && (shape.T == 0 || s.rows[0] == shape.B)),
-                  "fastseq.", op, ": expected batch_sizes to sum to the rows of x");
+  require(!packed || (tokens == x.size(0) && (shape.T == 0 || s.rows[0] == shape.B)), "fastseq.",
+          op, ": expected batch_sizes to sum to the rows of x");
   shape.tokens = tokens;
   shape.rows = s.rows.data();
   shape.first = s.first.data();
@@ -81,7 +79,7 @@ std::vector<Weights> weights_of(const char* op, const Tensor& x, const LstmShape
                                 const OptionalTensor& b_ih_r, const OptionalTensor& b_hh_r) {
   std::vector<Weights> all{std::move(one)};
   if (s.D == 2) {
-    STD_TORCH_CHECK(w_ih_r && w_hh_r, "fastseq.", op, ": expected reverse weights, got none");
+    require(w_ih_r && w_hh_r, "fastseq.", op, ": expected reverse weights, got none");
     all.push_back({*w_ih_r, *w_hh_r, b_ih_r, b_hh_r});
   }
   for (Weights& w : all) {
@@ -111,19 +109,19 @@ bool is_double(const Tensor& t) { return t.scalar_type() == torch::headeronly::S
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_fwd(
-    Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
+    Tensor x, OptionalTensor h0, OptionalTensor c0, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
     OptionalTensor b_hh, OptionalTensor w_ih_r, OptionalTensor w_hh_r, OptionalTensor b_ih_r,
     OptionalTensor b_hh_r, OptionalTensor batch_sizes, bool save) {
   const char* op = "lstm_fwd";
-  const Steps steps = steps_of(op, x, h0, {w_ih, w_hh, b_ih, b_hh}, batch_sizes);
+  const Steps steps = steps_of(op, x, h0, w_hh, w_ih_r ? 2 : 1, batch_sizes);
   const LstmShape& s = steps.shape;
   const auto weights =
       weights_of(op, x, s, {w_ih, w_hh, b_ih, b_hh}, w_ih_r, w_hh_r, b_ih_r, b_hh_r);
-  check_tensor(op, "h0", h0, x, {s.D, s.B, s.H});
-  check_tensor(op, "c0", c0, x, {s.D, s.B, s.H});
+  if (h0) check_tensor(op, "h0", *h0, x, {s.D, s.B, s.H});
+  if (c0) check_tensor(op, "c0", *c0, x, {s.D, s.B, s.H});
   x = with_contiguous_rows(x);
-  h0 = as_contiguous(h0);
-  c0 = as_contiguous(c0);
+  if (h0) h0 = as_contiguous(*h0);
+  if (c0) c0 = as_contiguous(*c0);
 
   Tensor y = batch_sizes ? empty(x, {s.tokens, s.D * s.H}) : empty(x, {s.T, s.B, s.D * s.H});
   Tensor h_n = empty(x, {s.D, s.B, s.H}), c_n = empty(x, {s.D, s.B, s.H});
@@ -155,17 +153,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_fwd(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_bwd(
-    OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor h0, Tensor c0,
-    Tensor w_ih, Tensor w_hh, OptionalTensor w_ih_r, OptionalTensor w_hh_r,
+    OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, OptionalTensor h0,
+    OptionalTensor c0, Tensor w_ih, Tensor w_hh, OptionalTensor w_ih_r, OptionalTensor w_hh_r,
     OptionalTensor batch_sizes, Tensor gates, Tensor cells, bool need_dx, bool need_dw,
-    bool need_db) {
+    bool need_db, bool need_dh0) {
   const char* op = "lstm_bwd";
   const OptionalTensor none;
-  const Steps steps = steps_of(op, x, h0, {w_ih, w_hh, none, none}, batch_sizes);
+  const Steps steps = steps_of(op, x, h0, w_hh, w_ih_r ? 2 : 1, batch_sizes);
   const LstmShape& s = steps.shape;
   const auto weights = weights_of(op, x, s, {w_ih, w_hh, none, none}, w_ih_r, w_hh_r, none, none);
-  check_tensor(op, "h0", h0, x, {s.D, s.B, s.H});
-  check_tensor(op, "c0", c0, x, {s.D, s.B, s.H});
+  if (h0) check_tensor(op, "h0", *h0, x, {s.D, s.B, s.H});
+  if (c0) check_tensor(op, "c0", *c0, x, {s.D, s.B, s.H});
   check_tensor(op, "gates", gates, x, {s.D, s.tokens, 4 * s.H});
   check_tensor(op, "cells", cells, x, {s.D, s.tokens, s.H});
   if (dy && batch_sizes) check_tensor(op, "dy", *dy, x, {s.tokens, s.D * s.H});
@@ -173,8 +171,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   if (dh_n) check_tensor(op, "dh_n", *dh_n, x, {s.D, s.B, s.H});
   if (dc_n) check_tensor(op, "dc_n", *dc_n, x, {s.D, s.B, s.H});
   x = with_contiguous_rows(x);
-  h0 = as_contiguous(h0);
-  c0 = as_contiguous(c0);
+  if (h0) h0 = as_contiguous(*h0);
+  if (c0) c0 = as_contiguous(*c0);
   gates = as_contiguous(gates);
   cells = as_contiguous(cells);
   if (dy) dy = with_contiguous_rows(*dy);
@@ -187,7 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dx = !need_dx      ? empty(x, {0})
               : batch_sizes ? empty(x, {s.tokens, s.I})
                             : empty(x, {s.T, s.B, s.I});
-  Tensor dh0 = empty(x, {s.D, s.B, s.H}), dc0 = empty(x, {s.D, s.B, s.H});
+  // Of use to the loop even where nobody wants it.
+  Tensor dh0 = wanted(need_dh0, {s.D, s.B, s.H}), dc = empty(x, {s.D, s.B, s.H});
   Tensor dw_ih[2], dw_hh[2], db[2];
   for (int d = 0; d < 2; ++d) {
     dw_ih[d] = wanted(need_dw && d < s.D, {4 * s.H, s.I});
@@ -207,8 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     if (dy) a.dy = rows_of<T>(*dy);
     a.dh_n = read<T>(dh_n);
     a.dc_n = read<T>(dc_n);
-    a.dh0 = write<T>(dh0);
-    a.dc0 = write<T>(dc0);
+    a.dh0 = need_dh0 ? write<T>(dh0) : nullptr;
+    a.dc0 = write<T>(dc);
     a.dx = need_dx ? write<T>(dx) : nullptr;
     for (int d = 0; d < s.D; ++d) {
       a.weights[d] = pointers<T>(weights[size_t(d)]);
@@ -223,7 +222,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   } else {
     run(float{});
   }
-  return {dx, dh0, dc0, dw_ih[0], dw_hh[0], db[0], dw_ih[1], dw_hh[1], db[1]};
+  return {dx,       dh0,  need_dh0 ? dc : empty(x, {0}), dw_ih[0], dw_hh[0], db[0], dw_ih[1],
+          dw_hh[1], db[1]};
 }
 
 }  // namespace ops
@@ -231,14 +231,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastseq, m) {
   m.def(
-      "lstm_fwd(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
+      "lstm_fwd(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
       "Tensor? b_hh, Tensor? w_ih_r, Tensor? w_hh_r, Tensor? b_ih_r, Tensor? b_hh_r, "
       "Tensor? batch_sizes, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, "
       "Tensor cells)");
   m.def(
-      "lstm_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, "
+      "lstm_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
       "Tensor w_ih, Tensor w_hh, Tensor? w_ih_r, Tensor? w_hh_r, Tensor? batch_sizes, "
-      "Tensor gates, Tensor cells, bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, "
+      "Tensor gates, Tensor cells, bool need_dx, bool need_dw, bool need_db, bool need_dh0) -> "
+      "(Tensor dx, "
       "Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_ih_r, "
       "Tensor dw_hh_r, Tensor db_r)");
 }

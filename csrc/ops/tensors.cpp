@@ -1,15 +1,12 @@
 #include "tensors.h"
 
-#include <sstream>
-#include <stdexcept>
-
 namespace fastseq {
 namespace ops {
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   constexpr size_t kMaxDims = 4;
   int64_t strides[kMaxDims];
-  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "fastseq: too many dimensions");
+  require(sizes.size() <= kMaxDims, "fastseq: too many dimensions");
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;

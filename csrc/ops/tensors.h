@@ -4,10 +4,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 
 #include "../cpu/support/threads.h"
 
@@ -30,6 +31,16 @@ Tensor as_contiguous(const Tensor& t);
 // device agree; sizes of -1 match anything.
 void check_tensor(const char* op, const char* argument, const Tensor& t, const Tensor& like,
                   std::initializer_list<int64_t> sizes);
+
+// RuntimeError of the parts put together, unless `holds`; unlike torch's own check it names no
+// file.
+template <class... Parts>
+void require(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
 
 template <class T>
 const T* read(const Tensor& t) {

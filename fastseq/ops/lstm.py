@@ -1,7 +1,8 @@
 """``fastseq::lstm_fwd`` and ``fastseq::lstm_bwd``: one LSTM layer over a whole sequence.
 
 The schemas and CPU kernels are in csrc/ops/lstm.cpp; here are shapes (for tracing) and autograd.
-x [T, B, I], or packed [N, I] with ``batch_sizes`` [T]; h0, c0 [D, B, H]; weights as those of
+x [T, B, I], or packed [N, I] with ``batch_sizes`` [T]; h0, c0 [D, B, H], None for zeros unless
+packed; weights as those of
 torch.nn.LSTM, gate order i, f, g, o; ``_r`` the reverse direction's, None unless D = 2. With
 ``save`` the forward pass also returns what the backward pass needs: activated gates
 [D, N, 4H], cell states [D, N, H] (N = T * B tokens where nothing is packed).
@@ -10,7 +11,6 @@ torch.nn.LSTM, gate order i, f, g, o; ``_r`` the reverse direction's, None unles
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fastseq import _native
 from fastseq.reference.rnn import lstm_layer
@@ -18,13 +18,16 @@ from fastseq.reference.rnn import lstm_layer
 __all__ = ["lstm_bwd", "lstm_fwd", "lstm_fwd_autograd"]
 
 
-def _sizes(x: Tensor, h0: Tensor, w_hh: Tensor) -> tuple[int, int, int, int]:
-    tokens = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
-    return tokens, h0.shape[0], h0.shape[1], w_hh.shape[1]
+def _sizes(x, h0, w_hh, w_ih_r, batch_sizes) -> tuple[int, int, int, int]:
+    """Tokens, D, B, H."""
+    D, H = (1 if w_ih_r is None else 2), w_hh.shape[1]
+    if batch_sizes is None:
+        return x.shape[0] * x.shape[1], D, x.shape[1], H
+    return x.shape[0], D, h0.shape[1], H
 
 
 def _fwd_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_ih_r, w_hh_r, b_ih_r, b_hh_r, batch_sizes, save):
-    tokens, D, B, H = _sizes(x, h0, w_hh)
+    tokens, D, B, H = _sizes(x, h0, w_hh, w_ih_r, batch_sizes)
     saved = D if save else 0
     return (
         x.new_empty(*x.shape[:-1], D * H),
@@ -52,8 +55,9 @@ def _bwd_fake(
     need_dx,
     need_dw,
     need_db,
+    need_dh0,
 ):
-    _, D, B, H = _sizes(x, h0, w_hh)
+    _, D, B, H = _sizes(x, h0, w_hh, w_ih_r, batch_sizes)
     nothing = x.new_empty
 
     def direction(here):
@@ -64,7 +68,8 @@ def _bwd_fake(
         )
 
     dx = x.new_empty(x.shape) if need_dx else nothing(0)
-    return dx, x.new_empty(D, B, H), x.new_empty(D, B, H), *direction(True), *direction(D == 2)
+    states = [x.new_empty(D, B, H) if need_dh0 else nothing(0) for _ in range(2)]
+    return dx, *states, *direction(True), *direction(D == 2)
 
 
 class _Lstm(torch.autograd.Function):
@@ -88,10 +93,14 @@ class _Lstm(torch.autograd.Function):
         return _backward(ctx, dy, dh_n, dc_n)
 
 
+# Function.apply less its search for torch.func transforms: under one, torch's own code runs instead.
+_apply = super(torch.autograd.Function, _Lstm).apply
+
+
 def lstm_fwd_autograd(*inputs):
     """``lstm_fwd`` with autograd where an input asks for it, else straight to the kernel."""
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-        return _Lstm.apply(*inputs)
+        return _apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return lstm_fwd(*inputs)
 
@@ -123,6 +132,7 @@ def _backward(ctx, dy, dh_n, dc_n):
         need[0],
         need_dw,
         need_db,
+        need[1] or need[2],
     )
     grads = (dx, dh0, dc0, dw_ih, dw_hh, db, db, dw_ih_r, dw_hh_r, db_r, db_r, None, None)
     return tuple(g if wanted else None for g, wanted in zip(grads, need, strict=True))
@@ -134,9 +144,18 @@ def _backward_twice(inputs, batch_sizes, cotangents, need):
     inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
     x, h0, c0, *weights = inputs
     sizes = None if batch_sizes is None else batch_sizes.tolist()
+    _, D, B, H = _sizes(x, h0, weights[1], weights[4], batch_sizes)
+    initial = [x.new_zeros(D, B, H) if state is None else state for state in (h0, c0)]
     sides = [
-        lstm_layer(x, h0[d], c0[d], *weights[4 * d : 4 * d + 4], reverse=d == 1, batch_sizes=sizes)
-        for d in range(h0.shape[0])
+        lstm_layer(
+            x,
+            initial[0][d],
+            initial[1][d],
+            *weights[4 * d : 4 * d + 4],
+            reverse=d == 1,
+            batch_sizes=sizes,
+        )
+        for d in range(D)
     ]
     y, h_n, c_n = zip(*sides, strict=True)
     outputs = (torch.cat(y, -1), torch.stack(h_n), torch.stack(c_n))

@@ -66,7 +66,7 @@ def test_opcheck(dtype, D, bias):
         for need_dx, need_dw, need_db in ((True, True, True), (False, True, False), (False,) * 3):
             torch.library.opcheck(
                 torch.ops.fastseq.lstm_bwd.default,
-                (*cotangents, *saved, need_dx, need_dw, need_db),
+                (*cotangents, *saved, need_dx, need_dw, need_db, need_dx),
             )
 
 

@@ -55,7 +55,8 @@ struct LstmBackwardLoop {
     load_rows(c, a.cells + (d * s.tokens + token) * s.H + unit, s.H, lanes);
     const T* previous = b < rows_at(s, before)
                             ? a.cells + (d * s.tokens + s.first[before] + b) * s.H + unit
-                            : a.c0 + state;
+                        : a.c0 ? a.c0 + state
+                               : zero + unit;
     load_rows(c_before, previous, s.H, lanes);
     load_rows(dc, a.dc0 + state, s.H, lanes);
     V h;
@@ -193,7 +194,8 @@ void lstm_deferred(const LstmBackward<T>& a, const LstmBackwardLoop<T>& loop, co
         for (int64_t b = 0; b < s.rows[t]; ++b) {
           h_rows[s.first[t] + b] = b < rows_at(s, before)
                                        ? loop.hidden[d] + (s.first[before] + b) * s.H
-                                       : a.h0 + (d * s.B + b) * s.H;
+                                   : a.h0 ? a.h0 + (d * s.B + b) * s.H
+                                          : loop.zero;
         }
       }
       g.M = 4 * s.H;
@@ -268,9 +270,9 @@ void lstm_backward(const LstmBackward<T>& a, const Threads& threads) {
   }
   for (int64_t i = 0; i < s.D * s.B * s.H; ++i) a.dc0[i] = a.dc_n ? a.dc_n[i] : T(0);
 
-  const int64_t tasks = plan.tasks * s.D;
+  const int64_t tasks = plan.tasks * s.D, all_steps = s.T + (a.dh0 ? 1 : 0);
   if (plan.by_units) {
-    Steps steps(s.T + 1, int(tasks));
+    Steps steps(all_steps, int(tasks));
     run_tasks(threads, tasks, [&](int64_t first) {
       steps.work(int(first), [&](int64_t step, int share) {
         const int64_t p0 = (share / s.D) * plan.chunk;
@@ -280,7 +282,7 @@ void lstm_backward(const LstmBackward<T>& a, const Threads& threads) {
   } else {
     run_tasks(threads, tasks, [&](int64_t task) {
       const int64_t b0 = (task / s.D) * plan.chunk, b1 = min64(b0 + plan.chunk, s.B);
-      for (int64_t step = 0; step <= s.T; ++step) {
+      for (int64_t step = 0; step < all_steps; ++step) {
         loop.step(int(task % s.D), step, b0, b1, 0, panels);
       }
     });

@@ -119,11 +119,16 @@ template <class T>
 struct LstmForwardLoop {
   const LstmForward<T>& a;
   LstmPacked<T> packed[2];
+  const T* zero;  // H zeros
   // Input products computed ahead, where a step alone has too few rows to fill a tile: one buffer a
   // task, [vectors of the task][tokens ahead][4][lanes].
   int64_t ahead;  // steps; 0: not ahead
   T* buffer;
   int64_t buffer_size;  // elements a task
+
+  const T* initial_h(int d, int64_t b) const {
+    return a.h0 ? a.h0 + (d * a.shape.B + b) * a.shape.H : zero;
+  }
 
   // Input products of the steps [s0, s1), sequences [b0, b1), vectors of units [v0, v1).
   void project(int d, int64_t s0, int64_t s1, int64_t b0, int64_t b1, int64_t v0, int64_t v1,
@@ -223,8 +228,7 @@ struct LstmForwardLoop {
           tile.start[m] = ahead ? ahead_of_task + ((v - v0) * per_vector + token) * kGates<T>
                                 : packed[d].bias + v * kGates<T>;
           if (!ahead) tile.x[m] = at(a.x, s, t, row);
-          tile.h[m] =
-              row < rows_before ? at(a.y, s, before, row) + d * s.H : a.h0 + (d * s.B + row) * s.H;
+          tile.h[m] = row < rows_before ? at(a.y, s, before, row) + d * s.H : initial_h(d, row);
         }
         tile.order = int(i);
         lstm_tile(tile, rows, vectors, sums);
@@ -254,9 +258,12 @@ void lstm_forward(const LstmForward<T>& a, const Threads& threads) {
       task_rows > 0 && task_rows < kRows && s.T > 1 ? min64(s.T, ceil_div(kAhead, task_rows)) : 0;
   const int64_t buffer_size = ahead * task_rows * task_vectors * width;
   auto bytes = [](int64_t elements) { return Scratch::padded(size_t(elements) * sizeof(T)); };
-  Scratch scratch(size_t(s.D) * (bytes(vectors * width) + bytes(vectors * s.I * width) +
+  Scratch scratch(bytes(s.H) +
+                  size_t(s.D) * (bytes(vectors * width) + bytes(vectors * s.I * width) +
                                  bytes(vectors * s.H * width) + plan.tasks * bytes(buffer_size)));
-  LstmForwardLoop<T> loop{a, {}, ahead, nullptr, int64_t(bytes(buffer_size) / sizeof(T))};
+  T* zero = scratch.take<T>(s.H);
+  for (int64_t u = 0; u < s.H; ++u) zero[u] = 0;
+  LstmForwardLoop<T> loop{a, {}, zero, ahead, nullptr, int64_t(bytes(buffer_size) / sizeof(T))};
   for (int d = 0; d < s.D; ++d) {
     loop.packed[d].bias = scratch.take<T>(vectors * width);
     loop.packed[d].x = scratch.take<T>(vectors * s.I * width);
@@ -272,7 +279,7 @@ void lstm_forward(const LstmForward<T>& a, const Threads& threads) {
   } else {
     for (int64_t task = 0; task < s.D * vectors; ++task) pack(task);
   }
-  for (int64_t i = 0; i < s.D * s.B * s.H; ++i) a.c_n[i] = a.c0[i];
+  for (int64_t i = 0; i < s.D * s.B * s.H; ++i) a.c_n[i] = a.c0 ? a.c0[i] : T(0);
 
   const int64_t tasks = plan.tasks * s.D;
   if (plan.by_units) {
@@ -297,7 +304,7 @@ void lstm_forward(const LstmForward<T>& a, const Threads& threads) {
     for (int64_t b = 0, t = s.T - 1; b < s.B; ++b) {
       while (t >= 0 && s.rows[t] <= b) --t;
       const int64_t last = d && t >= 0 ? 0 : t;
-      const T* from = last >= 0 ? at(a.y, s, last, b) + d * s.H : a.h0 + (d * s.B + b) * s.H;
+      const T* from = last >= 0 ? at(a.y, s, last, b) + d * s.H : loop.initial_h(d, b);
       T* to = a.h_n + (d * s.B + b) * s.H;
       for (int64_t u = 0; u < s.H; ++u) to[u] = from[u];
     }

@@ -43,8 +43,8 @@ struct LstmForward {
   LstmRows<const T> x;  // I wide
   LstmRows<T> y;        // D * H wide, direction d in columns [d * H, d * H + H)
   LstmWeights<T> weights[2];
-  const T* h0;  // [D, B, H]
-  const T* c0;  // [D, B, H]
+  const T* h0;  // [D, B, H] or null: zero
+  const T* c0;  // [D, B, H] or null: zero
   T* h_n;       // [D, B, H]
   T* c_n;       // [D, B, H]
   T* gates;     // [D, tokens, 4H] activated gates for the backward pass, or null
@@ -56,14 +56,14 @@ struct LstmBackward {
   LstmShape shape;
   LstmRows<const T> x;
   LstmWeights<T> weights[2];
-  const T* h0;
-  const T* c0;
+  const T* h0;  // [D, B, H] or null: zero
+  const T* c0;  // [D, B, H] or null: zero
   const T* gates;
   const T* cells;
   LstmRows<const T> dy;  // base may be null: zero
   const T* dh_n;         // [D, B, H] or null: zero
   const T* dc_n;         // [D, B, H] or null: zero
-  T* dh0;                // [D, B, H]
+  T* dh0;                // [D, B, H] or null: not wanted
   T* dc0;                // [D, B, H]
   T* dx;                 // [tokens, I] or null: not wanted
   // Per direction; null: not wanted. The gradients of both biases are the same.
