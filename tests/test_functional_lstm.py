@@ -479,11 +479,16 @@ def test_errors_name_op_argument_expected_and_got(name):
 def test_compiles_into_one_graph(backend):
     if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler")
-    case = lstm_case(3, 2, 4, 5, num_layers=2, bidirectional=True)
+    # Each kernel that inductor generates is a run of the C++ compiler: few of them will do.
+    options = {} if backend == "inductor" else dict(num_layers=2, bidirectional=True)
+    case = lstm_case(3, 2, 4, 5, **options)
     fn = case.functional(functional.lstm)
     compiled = torch.compile(fn, backend=backend, fullgraph=True)
     run = dict(inputs=case.inputs, cotangents=case.cotangents, names=case.names)
-    eager, found = run_with_grads(fn, **run), run_with_grads(compiled, **run)
+    eager = run_with_grads(fn, **run)
+    # The compiler's cache on disk does not see that an op's schema has changed since.
+    with torch.compiler.config.patch(force_disable_caches=True):
+        found = run_with_grads(compiled, **run)
     exact = case.to(torch.float64)
     truth = run_with_grads(
         exact.functional(rnn.lstm), exact.inputs, exact.cotangents, names=case.names
