@@ -20,7 +20,10 @@ from fastseq import _native
 __all__ = ["Timing", "busy", "interleaved", "machine", "peak_gflops"]
 
 # A sample shorter than this would measure the clock and the interpreter's jitter.
-SAMPLE_SECONDS = 2e-3
+SAMPLE_SECONDS = 5e-3
+# OpenMP's workers spin for up to 20 ms after a parallel region before they sleep, and take half a
+# core from whoever runs next on its hyper-thread: one side must not be timed under the other's.
+SETTLE_SECONDS = 25e-3
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 1000
 
 
@@ -87,6 +90,9 @@ def interleaved(calls: dict[str, Callable[[], object]], seconds: float) -> dict[
                 break
             # What runs first finds the caches of the last; take turns at that too.
             for name in order if round_number % 2 else reversed(order):
+                time.sleep(SETTLE_SECONDS)
+                # Wakes this side's own workers and fills its caches.
+                _seconds(calls[name], 1)
                 samples[name].append(_seconds(calls[name], repeat[name]))
     return {name: Timing.of(times) for name, times in samples.items()}
 

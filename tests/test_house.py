@@ -29,7 +29,7 @@ TIERS = [
     {"backends"},
     {"functional"},
     {"nn"},
-    {"explain"},
+    {"explanation"},
     {"models"},
     {"decoding"},
     {"training"},

@@ -93,7 +93,7 @@ class _Lstm(torch.autograd.Function):
         return _backward(ctx, dy, dh_n, dc_n)
 
 
-# Function.apply less its search for torch.func transforms: under one, torch's own code runs instead.
+# Function.apply less its search for torch.func transforms: under one, torch's own code runs.
 _apply = super(torch.autograd.Function, _Lstm).apply
 
 

@@ -27,47 +27,51 @@ struct LstmBackwardLoop {
   T* hidden[2];   // [tokens, H] the hidden states, made again from gates and cells; or null
   const T* zero;  // 4H zeros
 
-  // The cell's maths for a vector of units of one row (V a vector) or of two (V is Two): from dL/dh
-  // by way of the later step to all of it, and on to the pre-activations.
+  // The cell's maths for a vector of units of one row (V a vector) or of two (V is Two, the second
+  // being the next row or, `across`, the next vector of units): from dL/dh by way of the later step
+  // to all of it, and on to the pre-activations.
   template <class V>
   FASTSEQ_INLINE void finish(int d, int64_t t, int64_t b, int64_t unit, const T* sum,
-                             int64_t sum_stride, bool last) {
+                             int64_t sum_stride, bool last, bool across) {
     const LstmShape& s = a.shape;
     const int lanes = int(min64(kLanes<T>, s.H - unit));
     const int64_t state = (d * s.B + b) * s.H + unit, row = 4 * s.H;
+    const int64_t next = across ? kLanes<T> : s.H, next_gates = across ? kLanes<T> : row;
+    const int64_t next_dy = across ? kLanes<T> : a.dy.row;
+    const int64_t next_dgates = across ? kLanes<T> : dgates_row;
     const int64_t token = s.first[t] + b, before = d ? t + 1 : t - 1;
     V dh, path, dc, c, c_before;
     load_rows(dh, sum, sum_stride, kLanes<T>);
     if (last && a.dh_n) {
-      load_rows(path, a.dh_n + state, s.H, lanes);
+      load_rows(path, a.dh_n + state, next, lanes);
       dh = dh + path;
     }
     if (a.dy.base) {
-      load_rows(path, at(a.dy, s, t, b) + d * s.H + unit, a.dy.row, lanes);
+      load_rows(path, at(a.dy, s, t, b) + d * s.H + unit, next_dy, lanes);
       dh = dh + path;
     }
     const T* gates = a.gates + (d * s.tokens + token) * row + unit;
     cell::LstmGates<V> gate;
-    load_rows(gate.i, gates, row, lanes);
-    load_rows(gate.f, gates + s.H, row, lanes);
-    load_rows(gate.g, gates + 2 * s.H, row, lanes);
-    load_rows(gate.o, gates + 3 * s.H, row, lanes);
-    load_rows(c, a.cells + (d * s.tokens + token) * s.H + unit, s.H, lanes);
+    load_rows(gate.i, gates, next_gates, lanes);
+    load_rows(gate.f, gates + s.H, next_gates, lanes);
+    load_rows(gate.g, gates + 2 * s.H, next_gates, lanes);
+    load_rows(gate.o, gates + 3 * s.H, next_gates, lanes);
+    load_rows(c, a.cells + (d * s.tokens + token) * s.H + unit, next, lanes);
     const T* previous = b < rows_at(s, before)
                             ? a.cells + (d * s.tokens + s.first[before] + b) * s.H + unit
                         : a.c0 ? a.c0 + state
                                : zero + unit;
-    load_rows(c_before, previous, s.H, lanes);
-    load_rows(dc, a.dc0 + state, s.H, lanes);
+    load_rows(c_before, previous, next, lanes);
+    load_rows(dc, a.dc0 + state, next, lanes);
     V h;
     const auto dz = cell::lstm_backward(gate, c, c_before, dh, dc, h);
-    store_rows(a.dc0 + state, dc, s.H, lanes);
+    store_rows(a.dc0 + state, dc, next, lanes);
     T* out = dgates[d] + token * dgates_row + unit;
-    store_rows(out, dz.i, dgates_row, lanes);
-    store_rows(out + s.H, dz.f, dgates_row, lanes);
-    store_rows(out + 2 * s.H, dz.g, dgates_row, lanes);
-    store_rows(out + 3 * s.H, dz.o, dgates_row, lanes);
-    if (hidden[d]) store_rows(hidden[d] + token * s.H + unit, h, s.H, lanes);
+    store_rows(out, dz.i, next_dgates, lanes);
+    store_rows(out + s.H, dz.f, next_dgates, lanes);
+    store_rows(out + 2 * s.H, dz.g, next_dgates, lanes);
+    store_rows(out + 3 * s.H, dz.o, next_dgates, lanes);
+    if (hidden[d]) store_rows(hidden[d] + token * s.H + unit, h, next, lanes);
   }
 
   // Panels taken together by a tile of so many rows: sums enough to hide an FMA's latency.
@@ -90,8 +94,8 @@ struct LstmBackwardLoop {
     for (int64_t p = p0; p < p1;) {
       const int64_t column = p * kPanel<T>, columns = s.H - column;
       const int vectors = int(ceil_div(min64(kPanel<T>, columns), kLanes<T>));
-      const int together = panels_together(most);
-      const int panels = p + together <= p1 && columns >= together * kPanel<T> ? together : 1;
+      int panels = panels_together(most);
+      while (panels > 1 && (p + panels > p1 || columns < panels * kPanel<T>)) panels /= 2;
       int64_t b = b0;
       for (int64_t i = 0; i < tiles; ++i) {
         const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
@@ -106,6 +110,11 @@ struct LstmBackwardLoop {
           const int64_t unit = column + j * kLanes<T>;
           const T* sum = sums + ((j / vectors) * rows * vectors + j % vectors) * kLanes<T>;
           const int64_t stride = vectors * kLanes<T>;
+          if (rows == 1 && !initial && j + 1 < panels * vectors && unit + 2 * kLanes<T> <= s.H) {
+            finish<Two<T>>(d, t, b, unit, sum, kLanes<T>, b >= rows_after, true);
+            ++j;
+            continue;
+          }
           for (int m = 0; m < rows;) {
             const bool last = b + m >= rows_after;
             // Two rows go together where they are alike: both at their last step or neither, and
@@ -116,9 +125,9 @@ struct LstmBackwardLoop {
             if (initial) {
               store_initial(d, b + m, unit, load(from_row), last);
             } else if (two) {
-              finish<Two<T>>(d, t, b + m, unit, from_row, stride, last);
+              finish<Two<T>>(d, t, b + m, unit, from_row, stride, last, false);
             } else {
-              finish<Vec<T>>(d, t, b + m, unit, from_row, stride, last);
+              finish<Vec<T>>(d, t, b + m, unit, from_row, stride, last, false);
             }
             m += two && !initial ? 2 : 1;
           }

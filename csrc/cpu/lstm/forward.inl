@@ -165,9 +165,10 @@ struct LstmForwardLoop {
     }
   }
 
-  // The cell's maths for the pre-activations of one row (V a vector) or of two (V is Two).
+  // The cell's maths for the pre-activations of one row (V a vector) or of two: V is Two, the
+  // second being the next row or, `across`, the next vector of units.
   template <class V>
-  FASTSEQ_INLINE void finish(int d, int64_t t, int64_t b, int64_t v, const T* sums) {
+  FASTSEQ_INLINE void finish(int d, int64_t t, int64_t b, int64_t v, const T* sums, bool across) {
     const LstmShape& s = a.shape;
     const int64_t unit = v * kLanes<T>;
     const int lanes = int(min64(kLanes<T>, s.H - unit));
@@ -176,20 +177,21 @@ struct LstmForwardLoop {
     load_rows(z.f, sums + kLanes<T>, kGates<T>, kLanes<T>);
     load_rows(z.g, sums + 2 * kLanes<T>, kGates<T>, kLanes<T>);
     load_rows(z.o, sums + 3 * kLanes<T>, kGates<T>, kLanes<T>);
+    const int64_t next = across ? kLanes<T> : s.H, next_y = across ? kLanes<T> : a.y.row;
     T* state = a.c_n + (d * s.B + b) * s.H + unit;
     V c;
-    load_rows(c, state, s.H, lanes);
+    load_rows(c, state, next, lanes);
     const V h = cell::lstm_forward(z, c);
-    store_rows(state, c, s.H, lanes);
-    store_rows(at(a.y, s, t, b) + d * s.H + unit, h, a.y.row, lanes);
+    store_rows(state, c, next, lanes);
+    store_rows(at(a.y, s, t, b) + d * s.H + unit, h, next_y, lanes);
     if (a.gates) {
-      const int64_t token = d * s.tokens + s.first[t] + b, row = 4 * s.H;
-      store_rows(a.cells + token * s.H + unit, c, s.H, lanes);
-      T* gates = a.gates + token * row + unit;
-      store_rows(gates, z.i, row, lanes);
-      store_rows(gates + s.H, z.f, row, lanes);
-      store_rows(gates + 2 * s.H, z.g, row, lanes);
-      store_rows(gates + 3 * s.H, z.o, row, lanes);
+      const int64_t token = d * s.tokens + s.first[t] + b, next_gates = across ? next : 4 * s.H;
+      store_rows(a.cells + token * s.H + unit, c, next, lanes);
+      T* gates = a.gates + token * 4 * s.H + unit;
+      store_rows(gates, z.i, next_gates, lanes);
+      store_rows(gates + s.H, z.f, next_gates, lanes);
+      store_rows(gates + 2 * s.H, z.g, next_gates, lanes);
+      store_rows(gates + 3 * s.H, z.o, next_gates, lanes);
     }
   }
 
@@ -232,11 +234,15 @@ struct LstmForwardLoop {
         }
         tile.order = int(i);
         lstm_tile(tile, rows, vectors, sums);
-        for (int u = 0; u < vectors; ++u) {
-          const T* sum = sums + u * rows * kGates<T>;
+        if (vectors == 2 && (v + 2) * kLanes<T> <= s.H) {
+          finish<Two<T>>(d, t, b, v, sums, true);
+        } else if (vectors == 2) {
+          finish<Vec<T>>(d, t, b, v, sums, false);
+          finish<Vec<T>>(d, t, b, v + 1, sums + kGates<T>, false);
+        } else {
           int m = 0;
-          for (; m + 1 < rows; m += 2) finish<Two<T>>(d, t, b + m, v + u, sum + m * kGates<T>);
-          if (m < rows) finish<Vec<T>>(d, t, b + m, v + u, sum + m * kGates<T>);
+          for (; m + 1 < rows; m += 2) finish<Two<T>>(d, t, b + m, v, sums + m * kGates<T>, false);
+          if (m < rows) finish<Vec<T>>(d, t, b + m, v, sums + m * kGates<T>, false);
         }
         b += rows;
       }
