@@ -61,7 +61,7 @@ void pack_a(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t k0, int64_t k1, T*
 template <class T, int Vectors, class A>
 FASTSEQ_TILE void gemm_sums(int64_t K, const A& a, const T* b, T* sums) {
   Vec<T> acc[kRows][Vectors] = {};
-  multiply<T, kRows, Vectors, 1>(K, a, b, 0, acc, b);
+  multiply<T, kRows, Vectors, 1>(K, a, b, 0, acc);
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2

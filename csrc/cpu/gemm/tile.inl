@@ -43,14 +43,13 @@ constexpr int64_t kChain = 128;
 // a k, [K][Vectors * lanes], `panel_stride` elements apart. Few rows take several panels, for sums
 // enough (eight) to hide the latency of an FMA.
 //
-// `soon`: a line of it a k goes to the second-level cache meanwhile: half of the panel that
-// follows.
-template <class T, int Rows, int Vectors, int Panels, class A>
+// With Fetch, a line of `soon` a k goes to the second-level cache meanwhile.
+template <class T, int Rows, int Vectors, int Panels, bool Fetch, class A>
 FASTSEQ_INLINE void multiply_chain(int64_t k0, int64_t k1, const A& a, const T* panel,
                                    int64_t panel_stride, Vec<T> (&acc)[Rows][Panels * Vectors],
                                    const T* soon) {
   for (int64_t k = k0; k < k1; ++k) {
-    __builtin_prefetch(soon + k * kLanes<T>, 0, 2);
+    if (Fetch) __builtin_prefetch(soon + k * kLanes<T>, 0, 2);
     Vec<T> b[Panels * Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Panels * Vectors; ++v) {
@@ -66,18 +65,18 @@ FASTSEQ_INLINE void multiply_chain(int64_t k0, int64_t k1, const A& a, const T* 
 }
 
 // The same over all of [0, K), in chains of kChain.
-template <class T, int Rows, int Vectors, int Panels, class A>
-FASTSEQ_INLINE void multiply(int64_t K, const A& a, const T* panel, int64_t panel_stride,
-                             Vec<T> (&acc)[Rows][Panels * Vectors], const T* soon) {
+template <class T, int Rows, int Vectors, int Panels, bool Fetch, class A>
+FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64_t panel_stride,
+                                    Vec<T> (&acc)[Rows][Panels * Vectors], const T* soon) {
   if (K <= kChain) {
-    multiply_chain<T, Rows, Vectors, Panels>(0, K, a, panel, panel_stride, acc, soon);
+    multiply_chain<T, Rows, Vectors, Panels, Fetch>(0, K, a, panel, panel_stride, acc, soon);
     return;
   }
   constexpr int kSums = Rows * Panels * Vectors;
   alignas(64) T total[kSums * kLanes<T>];
   for (int64_t k0 = 0; k0 < K; k0 += kChain) {
-    multiply_chain<T, Rows, Vectors, Panels>(k0, min64(k0 + kChain, K), a, panel, panel_stride, acc,
-                                             soon);
+    multiply_chain<T, Rows, Vectors, Panels, Fetch>(k0, min64(k0 + kChain, K), a, panel,
+                                                    panel_stride, acc, soon);
 #pragma GCC unroll 12
     for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 8
@@ -90,6 +89,18 @@ FASTSEQ_INLINE void multiply(int64_t K, const A& a, const T* panel, int64_t pane
         }
       }
     }
+  }
+}
+
+// `soon`: what to fetch meanwhile, K vectors of it; null for nothing. (Fetching what is near
+// already takes the few buffers that the panel itself needs.)
+template <class T, int Rows, int Vectors, int Panels, class A>
+FASTSEQ_INLINE void multiply(int64_t K, const A& a, const T* panel, int64_t panel_stride,
+                             Vec<T> (&acc)[Rows][Panels * Vectors], const T* soon = nullptr) {
+  if (soon) {
+    multiply_chains<T, Rows, Vectors, Panels, true>(K, a, panel, panel_stride, acc, soon);
+  } else {
+    multiply_chains<T, Rows, Vectors, Panels, false>(K, a, panel, panel_stride, acc, soon);
   }
 }
 

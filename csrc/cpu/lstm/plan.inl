@@ -47,5 +47,5 @@ LstmPlan plan_lstm(const LstmShape& s, int64_t weights, int threads) {
 // What the tile of this order should fetch: half of the panel after `panel`, or nothing new.
 template <class T>
 FASTSEQ_INLINE const T* fetch_soon(const T* panel, int64_t panel_size, int order) {
-  return order < 2 ? panel + panel_size + order * (panel_size / 2) : panel;
+  return order < 2 ? panel + panel_size + order * (panel_size / 2) : nullptr;
 }
