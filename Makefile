@@ -42,7 +42,7 @@ $(VENV)/installed: requirements.txt
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(SOURCES)
 	FASTSEQ_REQUIRE_NATIVE=1 $(BIN)/python -m pip install -v --disable-pip-version-check \
 	  --no-deps --no-build-isolation -e . > $(VENV)/build.log 2>&1 || (tail -40 $(VENV)/build.log; exit 1)
-	@grep -o 'fastseq: .*' $(VENV)/build.log
+	@grep -oE 'fastseq: (built|left out) .*' $(VENV)/build.log
 	touch $@
 
 clean:
