@@ -11,8 +11,9 @@ namespace fastseq {
 
 namespace {
 
-// What a thread may keep between calls; larger blocks go back at once. A fresh block costs a page
-// fault each 4 KiB: for the gradients of a long sequence, a tenth of the call.
+// What a thread may keep between calls; larger blocks go back at once. Keeping 128 MiB instead of
+// 32, on huge pages, made backward passes with 35 MiB of scratch 10 to 28 % faster; which of the
+// two did it was not told apart.
 constexpr size_t kKeep = size_t(128) << 20;
 constexpr size_t kHugePage = size_t(2) << 20;
 
