@@ -102,17 +102,10 @@ def _lstm_obstacle(x: Tensor, params: Sequence[Tensor], proj_size: int) -> str |
         return "no forward-mode derivative yet"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "no rule for torch.func transforms yet"
-    if torch._C._len_torch_dispatch_stack() or type(x) not in _PLAIN_TENSORS:
-        return _subclass_obstacle(x)
+    # Tensor subclasses and modes that only look, or make fakes, serve registered ops too.
+    if x.layout is not torch.strided:
+        return "not a dense tensor"
     return None
-
-
-_PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
-
-
-def _subclass_obstacle(x: Tensor) -> str | None:
-    # A mode that only looks (a counter, a profiler) or makes fakes serves registered ops too.
-    return None if isinstance(x, Tensor) and x.layout == torch.strided else "not a dense tensor"
 
 
 def lstm_explanation(x: Tensor, params: Sequence[Tensor], proj_size: int = 0) -> Explanation:
