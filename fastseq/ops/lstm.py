@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from fastseq import _native
-from fastseq.reference.rnn import lstm_layer
+from fastseq.reference import rnn
 
 __all__ = ["lstm_bwd", "lstm_fwd", "lstm_fwd_autograd"]
 
@@ -147,11 +147,11 @@ def _backward_twice(inputs, batch_sizes, cotangents, need):
     _, D, B, H = _sizes(x, h0, weights[1], weights[4], batch_sizes)
     initial = [x.new_zeros(D, B, H) if state is None else state for state in (h0, c0)]
     sides = [
-        lstm_layer(
+        rnn.layer(
+            "lstm",
             x,
-            initial[0][d],
-            initial[1][d],
-            *weights[4 * d : 4 * d + 4],
+            [state[d] for state in initial],
+            weights[4 * d : 4 * d + 4],
             reverse=d == 1,
             batch_sizes=sizes,
         )

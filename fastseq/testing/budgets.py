@@ -1,4 +1,4 @@
-"""Seeded inputs and the error budgets that tests and benchmarks share.
+"""The error budgets that tests and benchmarks share.
 
 Every tolerance of the project is decided here. Truth is a float64 reference; the yardstick is what
 torch's own kernel achieves in the dtype under test, so no tolerance is typed into a test.
@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "LAYOUTS",
-    "LSTMCase",
     "assert_close_to_reference",
     "assert_matches",
     "assert_results_close",
-    "edge_sizes",
-    "lstm_case",
     "run_with_grads",
-    "with_layout",
 ]
 
 # Roundings that follow the longest sum behind an element: the bias, the activation, the product
@@ -298,202 +292,3 @@ def _nearby(inputs: Mapping[str, Tensor], count: int) -> Iterable[dict[str, Tens
 
     for _ in range(count):
         yield {name: shaken(t) for name, t in inputs.items()}
-
-
-def edge_sizes(*widths: int, tile: int = 0) -> list[int]:
-    """Sizes at which loops over vectors go wrong: 1, small primes, width +-1, beyond one tile.
-
-    Args:
-        widths: vector widths in elements; by default 4, 8 and 16.
-        tile: extent of a blocked loop, 0 for none.
-    """
-    sizes = {1, 2, 3, 5, 13}
-    for width in widths or (4, 8, 16):
-        sizes |= {width - 1, width, width + 1}
-    if tile:
-        sizes |= {tile, tile + 1, 2 * tile + 3}
-    return sorted(size for size in sizes if size > 0)
-
-
-def _transposed(t: Tensor) -> Tensor:
-    return t.mT.contiguous().mT if t.dim() > 1 else _strided(t)
-
-
-def _strided(t: Tensor) -> Tensor:
-    wide = torch.full((*t.shape, 2), math.nan, dtype=t.dtype, device=t.device)
-    wide[..., 0] = t
-    return wide[..., 0]
-
-
-def _offset(t: Tensor) -> Tensor:
-    flat = torch.full((t.numel() + 3,), math.nan, dtype=t.dtype, device=t.device)
-    flat[1 : 1 + t.numel()] = t.flatten()
-    return flat[1 : 1 + t.numel()].view(t.shape)
-
-
-def _sliced(t: Tensor) -> Tensor:
-    wide = torch.full((*t.shape[:-1], t.shape[-1] + 5), math.nan, dtype=t.dtype, device=t.device)
-    wide[..., 2 : 2 + t.shape[-1]] = t
-    return wide[..., 2 : 2 + t.shape[-1]]
-
-
-def _expanded(t: Tensor) -> Tensor:
-    return t[:1].expand_as(t)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": Tensor.contiguous,
-    "transposed": _transposed,
-    "strided": _strided,
-    "sliced": _sliced,
-    "offset": _offset,
-    "expanded": _expanded,
-}
-
-
-def with_layout(tensor: Tensor, layout: str) -> Tensor:
-    """The same values with other strides, NaN in every gap between them.
-
-    Args:
-        tensor: any shape, floating dtype.
-        layout: a key of ``LAYOUTS``: ``transposed`` swaps the last two dimensions in memory,
-            ``strided`` leaves a gap after each element, ``sliced`` around each row, ``offset``
-            starts one element into its storage, ``expanded`` repeats the first entry of
-            dimension 0 with stride 0 (the only one whose values differ).
-    """
-    return LAYOUTS[layout](tensor.detach())
-
-
-@dataclass(frozen=True)
-class LSTMCase:
-    """Arguments, tensors and cotangents of one LSTM call; build it with :func:`lstm_case`.
-
-    ``inputs`` holds ``x``, then ``h0`` and ``c0`` unless absent, then the parameters under
-    torch's names in torch's order.
-    """
-
-    options: dict[str, object]
-    inputs: dict[str, Tensor]
-    cotangents: list[Tensor]
-    names = ("y", "h_n", "c_n")
-
-    def __str__(self) -> str:
-        shape = ",".join(map(str, self.inputs["x"].shape))
-        said = [f"{k}={v}" for k, v in self.options.items() if k not in ("input_size",)]
-        return f"lstm x[{shape}] {' '.join(said)}{'' if 'h0' in self.inputs else ' no-hx'}"
-
-    def functional(self, lstm: Callable[..., object], **more: object) -> Callable[..., object]:
-        """A function of the inputs that calls ``lstm`` by the signature of functional.lstm."""
-        options = {k: v for k, v in self.options.items() if k not in _MODULE_ONLY}
-        options["has_biases"] = options.pop("bias")
-        states = 2 if "h0" in self.inputs else 0
-
-        def call(x: Tensor, *rest: Tensor) -> object:
-            hx = (rest[0], rest[1]) if states else None
-            return lstm(x, hx, list(rest[states:]), **options, **more)
-
-        return call
-
-    def module(self, cls: Callable[..., torch.nn.Module]) -> Callable[..., object]:
-        """A function of the inputs that calls a ``cls`` module with these parameters."""
-        built = cls(**self.options)
-
-        def call(x: Tensor, *rest: Tensor) -> object:
-            values = dict(zip(self.inputs, (x, *rest), strict=True))
-            hx = (values.pop("h0"), values.pop("c0")) if "h0" in values else None
-            del values["x"]
-            return torch.func.functional_call(built, values, (x, hx))
-
-        return call
-
-    def build(self, cls: Callable[..., torch.nn.Module]) -> torch.nn.Module:
-        """A ``cls`` module that owns copies of these parameters."""
-        built = cls(**self.options, dtype=self.inputs["x"].dtype)
-        with torch.no_grad():
-            for name, parameter in built.named_parameters():
-                parameter.copy_(self.inputs[name])
-        return built
-
-    def map(self, change: Callable[[Tensor], Tensor], *names: str) -> LSTMCase:
-        """The same case with ``change`` applied to the named inputs (all, if none is named)."""
-        chosen = names or tuple(self.inputs)
-        unknown = set(chosen) - set(self.inputs)
-        if unknown:
-            raise ValueError(f"fastseq.testing: no input named {sorted(unknown)}")
-        changed = {n: change(t) if n in chosen else t for n, t in self.inputs.items()}
-        return replace(self, inputs=changed)
-
-    def to(self, dtype: torch.dtype) -> LSTMCase:
-        """The same numbers in another dtype, cotangents too."""
-        cotangents = [c.to(dtype) for c in self.cotangents]
-        return replace(self.map(lambda t: t.to(dtype)), cotangents=cotangents)
-
-
-_MODULE_ONLY = ("input_size", "hidden_size", "proj_size")
-
-
-def lstm_case(
-    T: int,
-    B: int | None,
-    I: int,  # noqa: E741
-    H: int,
-    *,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    bias: bool = True,
-    batch_first: bool = False,
-    dropout: float = 0.0,
-    hx: bool = True,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    scale: float = 1.0,
-) -> LSTMCase:
-    """Draw one LSTM call: parameters as torch initialises them, normal inputs and cotangents.
-
-    Args:
-        T, B, I, H: steps, rows (None for unbatched input), input and hidden size.
-        num_layers, bidirectional, bias, batch_first, dropout: as in torch.nn.LSTM.
-        hx: whether the initial state is given.
-        dtype: drawn in float32 and converted, so that all dtypes at and above see equal numbers.
-        seed: of a private generator; torch's global stream is left alone.
-        scale: multiplies the parameters; above about 10 the gates saturate.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    directions = 2 if bidirectional else 1
-    rows = () if B is None else (B,)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    bound = scale / math.sqrt(H)
-
-    def uniform(*shape: int) -> Tensor:
-        return ((torch.rand(*shape, generator=generator) * 2 - 1) * bound).to(dtype)
-
-    def sequence(features: int) -> Tensor:
-        leading = (*rows, T) if batch_first else (T, *rows)
-        return normal(*(leading if rows else (T,)), features)
-
-    states = (num_layers * directions, *rows, H)
-    inputs = {"x": sequence(I)}
-    if hx:
-        inputs |= {"h0": normal(*states), "c0": normal(*states)}
-    for layer in range(num_layers):
-        for side in ("", "_reverse")[:directions]:
-            width = I if layer == 0 else H * directions
-            inputs[f"weight_ih_l{layer}{side}"] = uniform(4 * H, width)
-            inputs[f"weight_hh_l{layer}{side}"] = uniform(4 * H, H)
-            if bias:
-                inputs[f"bias_ih_l{layer}{side}"] = uniform(4 * H)
-                inputs[f"bias_hh_l{layer}{side}"] = uniform(4 * H)
-    options = {
-        "input_size": I,
-        "hidden_size": H,
-        "num_layers": num_layers,
-        "bias": bias,
-        "batch_first": batch_first,
-        "dropout": dropout,
-        "bidirectional": bidirectional,
-    }
-    cotangents = [sequence(H * directions), normal(*states), normal(*states)]
-    return LSTMCase(options, inputs, cotangents)

@@ -1,0 +1,24 @@
+"""Seeded inputs and error budgets, shared by tests and benchmarks."""
+
+from fastseq.testing.budgets import (
+    assert_close_to_reference,
+    assert_matches,
+    assert_results_close,
+    run_with_grads,
+)
+from fastseq.testing.cases import LSTMCase, RecurrentCase, lstm_case, recurrent_case
+from fastseq.testing.layouts import LAYOUTS, edge_sizes, with_layout
+
+__all__ = [
+    "LAYOUTS",
+    "LSTMCase",
+    "RecurrentCase",
+    "assert_close_to_reference",
+    "assert_matches",
+    "assert_results_close",
+    "edge_sizes",
+    "lstm_case",
+    "recurrent_case",
+    "run_with_grads",
+    "with_layout",
+]
