@@ -15,6 +15,7 @@ from fastseq.testing import (
     assert_results_close,
     edge_sizes,
     lstm_case,
+    recurrent_case,
     run_with_grads,
     with_layout,
 )
@@ -206,3 +207,98 @@ def test_run_with_grads_respects_wrt_and_leaves_the_inputs_alone():
     assert run_with_grads(lambda a, b, i: a * 1, inputs, ones)["grad b"] is None
     assert list(run_with_grads(lambda a, b, i: a * b, inputs)) == ["out0"]
     assert inputs["a"].grad is None and not inputs["b"].requires_grad
+
+
+MODULES = {
+    "lstm": torch.nn.LSTM,
+    "gru": torch.nn.GRU,
+    "rnn_tanh": torch.nn.RNN,
+    "rnn_relu": torch.nn.RNN,
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("proj_size", [0, 3])
+@pytest.mark.parametrize("cell", MODULES)
+def test_cases_have_torchs_parameters(cell, proj_size, bias):
+    options = dict(num_layers=2, bidirectional=True, bias=bias)
+    if proj_size and cell != "lstm":
+        with pytest.raises(ValueError, match=f"expected proj_size 0 for {cell}, got 3"):
+            recurrent_case(cell, 2, 3, 4, 5, proj_size=proj_size)
+        return
+    case = recurrent_case(cell, 2, 3, 4, 5, proj_size=proj_size, **options)
+    module = case.build(MODULES[cell])
+    states = ["x", "h0", "c0"][: len(case.names)]
+    assert list(case.inputs) == [*states, *module.state_dict()]
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, case.inputs[name]) and parameter is not case.inputs[name]
+    torch_module = case.module(MODULES[cell])
+    outputs = assert_matches(case.reference(), torch_module, torch_module, case.inputs)
+    assert [t.shape for t in outputs.values()] == [c.shape for c in case.cotangents]
+
+
+@pytest.mark.parametrize("cell", rnn.CELLS)
+def test_parameters_of_a_cell_stand_behind_the_biases(cell):
+    case = recurrent_case(cell, 2, 3, 4, 5, num_layers=2, bidirectional=True)
+    kinds = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", *rnn.CELLS[cell].extras]
+    names = [f"{k}_l{n}{side}" for n in range(2) for side in ("", "_reverse") for k in kinds]
+    assert list(case.inputs)[len(case.names) :] == names
+    for name, shape in rnn.CELLS[cell].extras.items():
+        assert case.inputs[f"{name}_l1_reverse"].shape == shape(5)
+    weights = case.weights(1, "_reverse")
+    assert all(w is case.inputs[f"{k}_l1_reverse"] for k, w in zip(kinds, weights, strict=True))
+
+
+def test_one_case_in_many_dtypes():
+    """float64 cases hold the numbers of float32 cases; to() and map() keep what is not floating."""
+    options = dict(num_layers=2, bidirectional=True, lengths="random", resets=0.5)
+    case = recurrent_case("layer_norm_lstm", 5, 4, 3, 2, **options)
+    wide = recurrent_case("layer_norm_lstm", 5, 4, 3, 2, **options, dtype=torch.float64)
+    for name, tensor in case.to(torch.float64).inputs.items():
+        assert torch.equal(tensor.nan_to_num(), wide.inputs[name].nan_to_num()), name
+    half = wide.to(torch.bfloat16)
+    assert {t.dtype for t in (*half.inputs.values(), *half.cotangents)} == {torch.bfloat16}
+    assert half.keywords == wide.keywords and set(half.keywords) == {"lengths", "resets"}
+    zero = wide.map(torch.zeros_like, "h0")
+    assert not zero.inputs["h0"].any() and zero.inputs["c0"] is wide.inputs["c0"]
+    with pytest.raises(ValueError, match="no input named .'h9'"):
+        wide.map(torch.zeros_like, "h9")
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_and_resets_of_a_case(batch_first):
+    case = recurrent_case("gru", 6, 50, 2, 3, lengths="random", resets=0.2, batch_first=batch_first)
+    lengths, resets = case.keywords["lengths"], case.keywords["resets"]
+    assert set(lengths.tolist()) == set(range(7))
+    x = case.inputs["x"] if batch_first else case.inputs["x"].transpose(0, 1)
+    assert resets.shape == case.inputs["x"].shape[:2] and 0.1 < resets.double().mean() < 0.3
+    for row, length in zip(x, lengths.tolist(), strict=True):
+        assert row[:length].isfinite().all() and row[length:].isnan().all()
+    again = recurrent_case("gru", 6, 50, 2, 3, seed=1, lengths=[4] * 50, resets=0.0)
+    assert again.keywords["lengths"].tolist() == [4] * 50 and not again.keywords["resets"].any()
+    assert "lengths" in str(case) and "resets" in str(case) and str(case).startswith("gru x[")
+    with pytest.raises(ValueError, match="batch of rows"):
+        recurrent_case("gru", 6, None, 2, 3, lengths="random")
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("hx", [False, True])
+def test_a_packed_case_is_torchs_packing(hx, batch_first):
+    options = dict(lengths=[2, 5, 1, 5], hx=hx, batch_first=batch_first)
+    case = recurrent_case("lstm", 5, 4, 3, 6, **options)
+    packed = case.packed()
+    lengths, order = case.keywords["lengths"], torch.tensor([1, 3, 0, 2])
+    expected = torch.nn.utils.rnn.pack_padded_sequence(
+        case.inputs["x"], lengths, batch_first, enforce_sorted=False
+    )
+    assert torch.equal(packed.inputs["x"], expected.data)
+    assert torch.equal(packed.keywords["batch_sizes"], expected.batch_sizes)
+    for name in ("h0", "c0") if hx else ():
+        assert torch.equal(packed.inputs[name], case.inputs[name][:, order])
+    for found, whole in zip(packed.cotangents[1:], case.cotangents[1:], strict=True):
+        assert torch.equal(found, whole[:, order])
+    assert packed.cotangents[0].shape == (13, 6) and "lengths" not in packed.keywords
+    assert packed.inputs["weight_ih_l0"] is case.inputs["weight_ih_l0"]
+    for lengths in (None, [0, 5, 1, 5]):
+        with pytest.raises(ValueError, match="positive lengths"):
+            recurrent_case("lstm", 5, 4, 3, 6, lengths=lengths).packed()
