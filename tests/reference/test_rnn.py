@@ -260,6 +260,38 @@ def test_third_derivative(cell):
     assert torch.autograd.gradgradcheck(gradient, leaves)
 
 
+def test_second_derivative_in_forward_mode():
+    """Of LayerNorm's cell, along one direction, against that through two backward passes."""
+    case = recurrent_case("layer_norm_lstm", 3, 2, 4, 3, **F64)
+    x, *rest = case.inputs.values()
+    direction = x.cos()
+
+    def run(x):
+        return case.reference()(x, *rest)[0].square().sum()
+
+    def along(x):
+        return torch.func.jvp(run, (x,), (direction,))[1]
+
+    def slope(x):
+        return (torch.func.grad(run)(x) * direction).sum()
+
+    twice = torch.func.jvp(along, (x,), (direction,))[1]
+    backward = (torch.func.grad(slope)(x) * direction).sum()
+    assert_close_to_reference(twice, backward)
+
+
+@pytest.mark.parametrize("cell", rnn.CELLS)
+def test_vmap_over_models(cell):
+    options = dict(num_layers=2, bidirectional=True, lengths=[2, 4, 0], resets=0.3, **F64)
+    case = recurrent_case(cell, 4, 3, 2, 5, **options)
+    models = [case, case.map(lambda t: t * 1.1)]
+    stacked = [torch.stack(pair) for pair in zip(*(m.inputs.values() for m in models), strict=True)]
+    found = torch.func.vmap(case.reference())(*stacked)
+    for k, model in enumerate(models):
+        for together, alone in zip(found, model.reference()(*model.inputs.values()), strict=True):
+            assert_close_to_reference(together[k], alone)
+
+
 @pytest.mark.parametrize("hx", [False, True])
 @pytest.mark.parametrize("how", ["no steps", "no lengths", "no rows"])
 @pytest.mark.parametrize("cell,proj_size", PROJECTED)
