@@ -32,6 +32,15 @@ FASTSEQ_EXPORT int fastseq_built_count() { return fastseq::built_count(); }
 FASTSEQ_EXPORT const char* fastseq_built_isa(int i) { return fastseq::built(i).isa; }
 FASTSEQ_EXPORT int fastseq_machine_has(int i) { return fastseq::machine_has(i); }
 
+// The cells that recurrent_fwd knows, by number.
+FASTSEQ_EXPORT int fastseq_cell_count() { return fastseq::cell_count(); }
+FASTSEQ_EXPORT const char* fastseq_cell_name(int cell) { return fastseq::cell_info(cell).name; }
+FASTSEQ_EXPORT int fastseq_cell_gates(int cell) { return fastseq::cell_info(cell).gates; }
+FASTSEQ_EXPORT int fastseq_cell_states(int cell) { return fastseq::cell_info(cell).states; }
+FASTSEQ_EXPORT int fastseq_cell_saved(int cell) { return fastseq::cell_info(cell).saved; }
+FASTSEQ_EXPORT int fastseq_cell_params(int cell) { return fastseq::cell_info(cell).params; }
+FASTSEQ_EXPORT int fastseq_cell_masks(int cell) { return fastseq::cell_info(cell).masks; }
+
 // y[i] = f(x[i]) for i in [0, n). `function`: 0 sigmoid, 1 tanh. Returns 0, or 1 for an instruction
 // set that is not here.
 FASTSEQ_EXPORT int fastseq_map_f32(const char* isa, int function, const float* x, float* y,
@@ -54,7 +63,7 @@ FASTSEQ_EXPORT int fastseq_gemm_f32(const char* isa, const float* a, const float
                                     int64_t M, int64_t N, int64_t K) {
   const fastseq::Kernels* k = find(isa);
   if (!k) return 1;
-  const fastseq::Gemm<float> g{M, N, K, a, K, 1, nullptr, b, N, c, N, false};
+  const fastseq::Gemm<float> g{M, N, K, a, K, 1, nullptr, b, N, nullptr, c, N, false};
   k->f32.gemm(g, fastseq::Threads{1, nullptr});
   return 0;
 }

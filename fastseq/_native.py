@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -46,6 +47,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "fastseq_built_count": number,
         "fastseq_machine_has": number,
         "fastseq_use_isa": number,
+        "fastseq_cell_name": text,
     }.items():
         getattr(handle, name).restype = restype
     return handle, None
@@ -107,10 +109,41 @@ def set_isa(name: str) -> None:
         raise ValueError(f"fastseq.set_isa: expected one of {available_isas()}, got {name!r}")
 
 
+class Cell(NamedTuple):
+    """A cell the kernels know: how many of what it has, as in csrc/cell/cell.h."""
+
+    name: str
+    number: int
+    gates: int
+    states: int
+    saved: int
+    params: int
+    masks: int
+
+    @property
+    def reference(self) -> str:
+        """The cell of fastseq.reference.rnn that this is, zoneout aside."""
+        return self.name.removeprefix("zoneout_")
+
+
+def cells() -> dict[str, Cell]:
+    """The cells by name."""
+    handle = library()
+
+    def cell(i: int) -> Cell:
+        asked = ("gates", "states", "saved", "params", "masks")
+        counts = [getattr(handle, f"fastseq_cell_{what}")(i) for what in asked]
+        return Cell(handle.fastseq_cell_name(i).decode(), i, *counts)
+
+    found = map(cell, range(handle.fastseq_cell_count()))
+    return {cell.name: cell for cell in found}
+
+
 def kernels() -> list[str]:
-    """The kernels built in, as "<op>_<pass>_<dtype>_<isa>"."""
+    """The kernels built in, as "<cell>_<pass>_<dtype>_<isa>"."""
     return [
-        f"lstm_{stage}_{dtype}_{name}"
+        f"{cell}_{stage}_{dtype}_{name}"
+        for cell in cells()
         for stage in ("fwd", "bwd")
         for dtype in ("f32", "f64")
         for name in built_isas()

@@ -1,56 +1,46 @@
-// The maths of one LSTM unit, written once for every vector type and for device scalars.
-//
 //   i = sigmoid(z_i)   f = sigmoid(z_f)   g = tanh(z_g)   o = sigmoid(z_o)
 //   c = f * c_prev + i * g              h = o * tanh(c)
 //
-// Gate order i, f, g, o is torch's. Source: Hochreiter and Schmidhuber 1997; forget gate, Gers et
-// al. 2000. V needs + - *, fma, sigmoid and tanh, found by argument-dependent or enclosing lookup.
+// Source: Hochreiter and Schmidhuber 1997; forget gate, Gers et al. 2000.
 #pragma once
 
-#if defined(__CUDACC__)
-#define FASTSEQ_CELL __host__ __device__ __forceinline__
-#else
-#define FASTSEQ_CELL inline __attribute__((always_inline))
-#endif
+#include "cell.h"
 
 namespace fastseq {
 namespace cell {
 
-template <class V>
-struct LstmGates {
-  V i, f, g, o;
+struct Lstm {
+  static constexpr int kGates = 4, kApart = -1, kStates = 2;
+  static constexpr int kSaved = 5, kSavedC = 4, kSavedH = -1;
+  static constexpr bool kReadsH = false, kCarriesH = false;
+  static constexpr int kParams = 0, kMasks = 0;
+
+  template <class V>
+  FASTSEQ_CELL V forward(const V* z, V, V& c, const V*, const V*, V* saved) {
+    saved[0] = sigmoid(z[0]);
+    saved[1] = sigmoid(z[1]);
+    saved[2] = tanh(z[2]);
+    saved[3] = sigmoid(z[3]);
+    c = fma(saved[1], c, saved[0] * saved[2]);
+    saved[4] = c;
+    return saved[3] * tanh(c);
+  }
+
+  template <class V>
+  FASTSEQ_CELL void backward(const V* saved, V, V c_prev, const V*, const V*, V dh, V& dc, V&,
+                             V* dz, V*, V& h) {
+    const V one = V{} + 1;
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3], tanh_c = tanh(saved[4]);
+    h = o * tanh_c;
+    const V dcell = fma(dh * o, one - tanh_c * tanh_c, dc);
+    // Factors below one first: dcell * c_prev may overflow where dz[1] does not.
+    dz[0] = dcell * (i * (one - i)) * g;
+    dz[1] = dcell * (f * (one - f)) * c_prev;
+    dz[2] = dcell * i * (one - g * g);
+    dz[3] = dh * tanh_c * o * (one - o);
+    dc = dcell * f;
+  }
 };
-
-// In: pre-activations z and the previous cell state c. Out: the activated gates in z, the new c.
-// Returns h.
-template <class V>
-FASTSEQ_CELL V lstm_forward(LstmGates<V>& z, V& c) {
-  z.i = sigmoid(z.i);
-  z.f = sigmoid(z.f);
-  z.g = tanh(z.g);
-  z.o = sigmoid(z.o);
-  c = fma(z.f, c, z.i * z.g);
-  return z.o * tanh(c);
-}
-
-// In: activated gates a, cell states c and c_prev, dh = dL/dh of this step from every path, and
-// dc = dL/dc from the later step. Out: dc for the earlier step, and h once more. Returns
-// dL/d(pre-activations).
-template <class V>
-FASTSEQ_CELL LstmGates<V> lstm_backward(const LstmGates<V>& a, V c, V c_prev, V dh, V& dc, V& h) {
-  const V one = V{} + 1;
-  const V tanh_c = tanh(c);
-  h = a.o * tanh_c;
-  const V dcell = fma(dh * a.o, one - tanh_c * tanh_c, dc);
-  LstmGates<V> dz;
-  // Factors below one first: dcell * c_prev may overflow where dz.f does not.
-  dz.i = dcell * (a.i * (one - a.i)) * a.g;
-  dz.f = dcell * (a.f * (one - a.f)) * c_prev;
-  dz.g = dcell * a.i * (one - a.g * a.g);
-  dz.o = dh * tanh_c * a.o * (one - a.o);
-  dc = dcell * a.f;
-  return dz;
-}
 
 }  // namespace cell
 }  // namespace fastseq

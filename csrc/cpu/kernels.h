@@ -4,15 +4,18 @@
 #include <cstdint>
 
 #include "gemm/gemm.h"
-#include "lstm/lstm.h"
+#include "recurrent/recurrent.h"
 #include "support/threads.h"
 
 namespace fastseq {
 
 template <class T>
 struct TypedKernels {
-  void (*lstm_forward)(const LstmForward<T>&, const Threads&);
-  void (*lstm_backward)(const LstmBackward<T>&, const Threads&);
+  struct Recurrent {
+    void (*forward)(const RecurrentForward<T>&, const Threads&);
+    void (*backward)(const RecurrentBackward<T>&, const Threads&);
+  };
+  const Recurrent* recurrent;  // [cells], in the order of csrc/cell/cells.h
   void (*gemm)(const Gemm<T>&, const Threads&);
   void (*sigmoid)(const T* x, T* y, int64_t n);
   void (*tanh)(const T* x, T* y, int64_t n);
@@ -38,5 +41,9 @@ inline const TypedKernels<double>& Kernels::of<double>() const {
 
 // One definition an ISA file; which of them are linked in is the build's choice (FASTSEQ_HAVE_*).
 extern const Kernels kKernelsScalar, kKernelsAvx2, kKernelsAvx512;
+
+// The cells, in the order of csrc/cell/cells.h.
+int cell_count();
+const CellInfo& cell_info(int cell);
 
 }  // namespace fastseq

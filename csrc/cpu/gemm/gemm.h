@@ -15,7 +15,8 @@ struct Gemm {
   const T* const* b_rows;
   const T* b;
   int64_t ldb;
-  // Row m of C at c + m * ldc. May alias neither A nor B.
+  // Row m of C: c_rows[m], or c + m * ldc where c_rows is null. May alias neither A nor B.
+  T* const* c_rows;
   T* c;
   int64_t ldc;
   bool accumulate;

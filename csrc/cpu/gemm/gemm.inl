@@ -5,6 +5,10 @@
 // A block of B (kBlockK x kBlockN) and one of A (kBlockM x kBlockK) share the second-level cache:
 // 512 KiB and 96 KiB of float.
 constexpr int64_t kBlockK = 256, kBlockN = 512, kBlockM = 96;
+// Packing A pays where more panels of B than this read it.
+constexpr int64_t kFewPanels = 3;
+// Parts that a product is cut into at most.
+constexpr int64_t kMostParts = 64;
 
 // Packing memory of one task.
 template <class T>
@@ -70,34 +74,41 @@ FASTSEQ_TILE void gemm_sums(int64_t K, const A& a, const T* b, T* sums) {
 }
 
 template <class T, int Vectors, class A>
-FASTSEQ_INLINE void gemm_tile(int64_t K, const A& a, const T* b, T* c, int64_t ldc, int rows,
-                              int cols, bool accumulate) {
+FASTSEQ_INLINE void gemm_tile(const Gemm<T>& g, int64_t m, int64_t n, int64_t K, const A& a,
+                              const T* b, int rows, int cols, bool accumulate) {
   alignas(64) T sums[kRows * Vectors * kLanes<T>];
   gemm_sums<T, Vectors>(K, a, b, sums);
-  for (int m = 0; m < rows; ++m) {
+  for (int i = 0; i < rows; ++i) {
+    T* row = (g.c_rows ? g.c_rows[m + i] : g.c + (m + i) * g.ldc) + n;
     for (int v = 0; v < Vectors; ++v) {
-      T* out = c + m * ldc + v * kLanes<T>;
+      T* out = row + v * kLanes<T>;
       const int lanes = cols - v * kLanes<T>;
-      const Vec<T> sum = load(sums + (m * Vectors + v) * kLanes<T>);
+      const Vec<T> sum = load(sums + (i * Vectors + v) * kLanes<T>);
       store(out, accumulate ? sum + load(out, lanes) : sum, lanes);
     }
   }
 }
 
-// The rows [m0, m1) of C by one panel of packed B.
+// The rows [m0, m1) of C by one panel of packed B. A with columns side by side is packed, or, where
+// few panels use it, taken as it stands (packed_a null) but for the last rows.
 template <class T, int Vectors>
-void gemm_panel(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t k0, int64_t K, const T* packed_a,
-                const T* b, T* c, int cols, bool accumulate) {
+void gemm_panel(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t k0, int64_t K, int64_t n,
+                const T* packed_a, const T* b, int cols, bool accumulate, T* last_rows) {
   for (int64_t m = m0; m < m1; m += kRows) {
     const int rows = int(min64(kRows, m1 - m));
-    T* out = c + m * g.ldc;
     if (g.a_k == 1) {
       const T* row[kRows];
       for (int i = 0; i < kRows; ++i) row[i] = g.a + (m + (i < rows ? i : 0)) * g.a_m + k0;
-      gemm_tile<T, Vectors>(K, RowsOfA<T>{row}, b, out, g.ldc, rows, cols, accumulate);
-    } else {
+      gemm_tile<T, Vectors>(g, m, n, K, RowsOfA<T>{row}, b, rows, cols, accumulate);
+    } else if (packed_a) {
       const PackedA<T> a{packed_a + (m - m0) * K};
-      gemm_tile<T, Vectors>(K, a, b, out, g.ldc, rows, cols, accumulate);
+      gemm_tile<T, Vectors>(g, m, n, K, a, b, rows, cols, accumulate);
+    } else if (rows == kRows) {
+      const ColumnsOfA<T> a{g.a + k0 * g.a_k + m, g.a_k};
+      gemm_tile<T, Vectors>(g, m, n, K, a, b, rows, cols, accumulate);
+    } else {
+      pack_a(g, m, m1, k0, k0 + K, last_rows);
+      gemm_tile<T, Vectors>(g, m, n, K, PackedA<T>{last_rows}, b, rows, cols, accumulate);
     }
   }
 }
@@ -113,12 +124,15 @@ void gemm_block(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1
       pack_b(g, k0, k1, nb, ne, blocks.b);
       for (int64_t mb = m0; mb < m1; mb += kBlockM) {
         const int64_t me = min64(mb + kBlockM, m1);
-        if (g.a_k != 1) pack_a(g, mb, me, k0, k1, blocks.a);
+        const bool packed = g.a_k != 1 && ne - nb > kFewPanels * kPanel<T>;
+        if (packed) pack_a(g, mb, me, k0, k1, blocks.a);
         for (int64_t n = nb; n < ne; n += kPanel<T>) {
           const int cols = int(min64(kPanel<T>, ne - n));
           with_const<kPanelVectors>(int(ceil_div(cols, kLanes<T>)), [&](auto vectors) {
-            gemm_panel<T, decltype(vectors)::value>(
-                g, mb, me, k0, K, blocks.a, blocks.b + (n - nb) * K, g.c + n, cols, accumulate);
+            gemm_panel<T, decltype(vectors)::value>(g, mb, me, k0, K, n,
+                                                    packed ? blocks.a : nullptr,
+                                                    blocks.b + (n - nb) * K, cols, accumulate,
+                                                    blocks.a);
           });
         }
       }
@@ -126,77 +140,62 @@ void gemm_block(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1
   }
 }
 
-// Tasks a product is cut into: rows of C, or columns where there are few rows.
+// The part `part` of `parts` of a product: some rows of C, or columns where there are few rows.
 template <class T>
-struct GemmSplit {
-  bool by_rows;
-  int64_t tasks, chunk;
-};
-
-template <class T>
-GemmSplit<T> split_gemm(const Gemm<T>& g, int threads) {
+void gemm_part(const Gemm<T>& g, int64_t part, int64_t parts, const GemmBlocks<T>& blocks) {
+  if (g.M == 0 || g.N == 0) return;
   const bool by_rows = g.M >= g.N;
   const int64_t extent = by_rows ? g.M : g.N, unit = by_rows ? kRows : kPanel<T>;
-  // A task below this many multiply-adds costs more to hand out than to do.
-  constexpr int64_t kWorthATask = int64_t(1) << 17;
-  const int64_t worth = max64(1, g.M * g.N * g.K / kWorthATask);
-  const int64_t wanted = min64(min64(threads, worth), max64(1, ceil_div(extent, unit)));
-  const int64_t chunk = max64(1, ceil_div(ceil_div(extent, unit), wanted)) * unit;
-  return {by_rows, ceil_div(extent, chunk), chunk};
+  const int64_t chunk = ceil_div(ceil_div(extent, unit), parts) * unit;
+  const int64_t begin = min64(part * chunk, extent), end = min64(begin + chunk, extent);
+  if (begin == end) return;
+  const int64_t m0 = by_rows ? begin : 0, m1 = by_rows ? end : g.M;
+  const int64_t n0 = by_rows ? 0 : begin, n1 = by_rows ? g.N : end;
+  if (g.K > 0) {
+    gemm_block(g, m0, m1, n0, n1, blocks);
+    return;
+  }
+  for (int64_t m = m0; m < m1 && !g.accumulate; ++m) {
+    T* row = g.c_rows ? g.c_rows[m] : g.c + m * g.ldc;
+    for (int64_t n = n0; n < n1; ++n) row[n] = 0;
+  }
 }
+
+// out[n] = sum over k of a[k * lda + n], for n in [n0, n1): partial sums of kBlockK rows.
+template <class T>
+void column_sums(const T* a, int64_t K, int64_t n0, int64_t n1, int64_t lda, T* out) {
+  for (int64_t n = n0; n < n1; n += kPanel<T>) {
+    Vec<T> total[kPanelVectors] = {};
+    for (int64_t k0 = 0; k0 < K; k0 += kBlockK) {
+      Vec<T> part[kPanelVectors] = {};
+      for (int64_t k = k0; k < min64(k0 + kBlockK, K); ++k) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kPanelVectors; ++v) {
+          const int64_t column = n + v * kLanes<T>;
+          if (column < n1) part[v] += load(a + k * lda + column, int(min64(kPanel<T>, n1 - column)));
+        }
+      }
+      for (int v = 0; v < kPanelVectors; ++v) total[v] += part[v];
+    }
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const int64_t column = n + v * kLanes<T>;
+      if (column < n1) store(out + column, total[v], int(min64(kPanel<T>, n1 - column)));
+    }
+  }
+}
+
+// A task below this many multiply-adds costs more to hand out than to do.
+constexpr int64_t kWorthATask = int64_t(1) << 17;
 
 template <class T>
 void gemm(const Gemm<T>& g, const Threads& threads) {
-  if (g.M == 0 || g.N == 0) return;
-  if (g.K == 0) {
-    for (int64_t m = 0; m < g.M && !g.accumulate; ++m) {
-      for (int64_t n = 0; n < g.N; ++n) g.c[m * g.ldc + n] = 0;
-    }
-    return;
+  const int64_t parts = max64(1, min64(min64(threads.count, kMostParts), g.M * g.N * g.K / kWorthATask));
+  const int64_t a_size = GemmBlocks<T>::a_size(g), b_size = GemmBlocks<T>::b_size(g);
+  Scratch scratch(size_t(parts) * (Scratch::padded(size_t(a_size) * sizeof(T)) +
+                                   Scratch::padded(size_t(b_size) * sizeof(T))));
+  GemmBlocks<T> blocks[kMostParts];
+  for (int64_t part = 0; part < parts; ++part) {
+    blocks[part] = {scratch.take<T>(size_t(a_size)), scratch.take<T>(size_t(b_size))};
   }
-  const GemmSplit<T> split = split_gemm(g, threads.count);
-  const size_t a_bytes = Scratch::padded(size_t(GemmBlocks<T>::a_size(g)) * sizeof(T));
-  const size_t b_bytes = Scratch::padded(size_t(GemmBlocks<T>::b_size(g)) * sizeof(T));
-  Scratch scratch(size_t(split.tasks) * (a_bytes + b_bytes));
-  char* memory = scratch.take<char>(size_t(split.tasks) * (a_bytes + b_bytes));
-  run_tasks(threads, split.tasks, [&](int64_t task) {
-    char* mine = memory + size_t(task) * (a_bytes + b_bytes);
-    const GemmBlocks<T> blocks{reinterpret_cast<T*>(mine), reinterpret_cast<T*>(mine + a_bytes)};
-    const int64_t begin = task * split.chunk, end = begin + split.chunk;
-    if (split.by_rows) {
-      gemm_block(g, begin, min64(end, g.M), 0, g.N, blocks);
-    } else {
-      gemm_block(g, 0, g.M, begin, min64(end, g.N), blocks);
-    }
-  });
-}
-
-// out[n] = sum over k of a[k * lda + n]: the bias gradients. Partial sums of kBlockK rows.
-template <class T>
-void column_sums(const T* a, int64_t K, int64_t N, int64_t lda, T* out, const Threads& threads) {
-  const int64_t panels = ceil_div(N, kPanel<T>);
-  const int64_t tasks = K * N < (int64_t(1) << 16) ? 1 : min64(threads.count, panels);
-  const int64_t each = tasks ? ceil_div(panels, tasks) : 0;
-  run_tasks(threads, tasks, [&](int64_t task) {
-    const int64_t end = min64((task + 1) * each * kPanel<T>, N);
-    for (int64_t n = task * each * kPanel<T>; n < end; n += kPanel<T>) {
-      Vec<T> total[kPanelVectors] = {};
-      for (int64_t k0 = 0; k0 < K; k0 += kBlockK) {
-        Vec<T> part[kPanelVectors] = {};
-        for (int64_t k = k0; k < min64(k0 + kBlockK, K); ++k) {
-#pragma GCC unroll 2
-          for (int v = 0; v < kPanelVectors; ++v) {
-            const int64_t column = n + v * kLanes<T>;
-            if (column < N)
-              part[v] += load(a + k * lda + column, int(min64(kPanel<T>, N - column)));
-          }
-        }
-        for (int v = 0; v < kPanelVectors; ++v) total[v] += part[v];
-      }
-      for (int v = 0; v < kPanelVectors; ++v) {
-        const int64_t column = n + v * kLanes<T>;
-        if (column < N) store(out + column, total[v], int(min64(kPanel<T>, N - column)));
-      }
-    }
-  });
+  run_tasks(threads, parts, [&](int64_t part) { gemm_part(g, part, parts, blocks[part]); });
 }

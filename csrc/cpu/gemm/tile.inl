@@ -4,17 +4,14 @@
 // tile it falls in. So results depend neither on how work is split among threads nor on the rows
 // beside a row.
 
-// Two vectors of B stay in registers while up to kRows rows of A pass: tall rather than wide, for B
-// comes from the second-level cache and A from the first. 32 registers (AVX-512) take 24 sums + 2 +
-// 1, 16 take 12 + 2 + 1; without an FMA (scalar) a product needs one more.
-#if FASTSEQ_VECTOR_BYTES == 64
-constexpr int kRows = 12;
-#elif FASTSEQ_VECTOR_BYTES == 32
-constexpr int kRows = 6;
-#else
-constexpr int kRows = 4;
-#endif
+// Two or three vectors of B stay in registers while rows of A pass: tall rather than wide, for B
+// comes from the second-level cache and A from the first. 32 registers (AVX-512) take 24 sums, the
+// vectors of B and one of A; 16 take 12 and those; without an FMA (scalar) a product needs one more.
+constexpr int tile_rows(int wide) {
+  return (FASTSEQ_VECTOR_BYTES == 64 ? 24 : FASTSEQ_VECTOR_BYTES == 32 ? 12 : 8) / wide;
+}
 constexpr int kPanelVectors = 2;
+constexpr int kRows = tile_rows(kPanelVectors);
 template <class T>
 constexpr int kPanel = kPanelVectors * kLanes<T>;
 
@@ -34,6 +31,13 @@ struct PackedA {
   const T* packed;
   FASTSEQ_INLINE T at(int m, int64_t k) const { return packed[k * kRows + m]; }
 };
+// A with columns side by side, as it stands.
+template <class T>
+struct ColumnsOfA {
+  const T* a;
+  int64_t stride;
+  FASTSEQ_INLINE T at(int m, int64_t k) const { return a[k * stride + m]; }
+};
 
 // Chains end, and their sums are added up, every so many k: the rounding of a sum grows with the
 // length of a chain.
@@ -51,14 +55,14 @@ FASTSEQ_INLINE void multiply_chain(int64_t k0, int64_t k1, const A& a, const T* 
   for (int64_t k = k0; k < k1; ++k) {
     if (Fetch) __builtin_prefetch(soon + k * kLanes<T>, 0, 2);
     Vec<T> b[Panels * Vectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int v = 0; v < Panels * Vectors; ++v) {
       b[v] = load(panel + (v / Vectors) * panel_stride + (k * Vectors + v % Vectors) * kLanes<T>);
     }
 #pragma GCC unroll 12
     for (int m = 0; m < Rows; ++m) {
       const Vec<T> a_mk = broadcast(a.at(m, k));
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int v = 0; v < Panels * Vectors; ++v) acc[m][v] = fma(a_mk, b[v], acc[m][v]);
     }
   }
@@ -79,7 +83,7 @@ FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64
                                                     panel_stride, acc, soon);
 #pragma GCC unroll 12
     for (int m = 0; m < Rows; ++m) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int v = 0; v < Panels * Vectors; ++v) {
         T* sum = total + (m * Panels * Vectors + v) * kLanes<T>;
         if (k0 > 0) acc[m][v] += load(sum);

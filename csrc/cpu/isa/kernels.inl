@@ -20,7 +20,7 @@ namespace {
 }  // namespace fastseq
 
 // After the vector maths, which its templates look up by name.
-#include "../../cell/lstm.h"
+#include "../../cell/cells.h"
 
 namespace fastseq {
 namespace {
@@ -29,11 +29,19 @@ namespace {
 
 #include "../gemm/gemm.inl"
 
-#include "../lstm/plan.inl"
+#include "../recurrent/plan.inl"
 
-#include "../lstm/forward.inl"
+#include "../recurrent/pack.inl"
 
-#include "../lstm/backward.inl"
+#include "../recurrent/tile.inl"
+
+#include "../recurrent/forward.inl"
+
+#include "../recurrent/backward_loop.inl"
+
+#include "../recurrent/deferred.inl"
+
+#include "../recurrent/backward.inl"
 
 template <class T>
 void map_sigmoid(const T* x, T* y, int64_t n) {
@@ -51,9 +59,14 @@ void map_tanh(const T* x, T* y, int64_t n) {
   }
 }
 
+#define FASTSEQ_ENTRY(name, Cell) {recurrent_forward<Cell, T>, recurrent_backward<Cell, T>},
+template <class T>
+const typename TypedKernels<T>::Recurrent kRecurrent[] = {FASTSEQ_CELLS(FASTSEQ_ENTRY)};
+#undef FASTSEQ_ENTRY
+
 template <class T>
 constexpr TypedKernels<T> typed_kernels() {
-  return {lstm_forward<T>, lstm_backward<T>, gemm<T>, map_sigmoid<T>, map_tanh<T>};
+  return {kRecurrent<T>, gemm<T>, map_sigmoid<T>, map_tanh<T>};
 }
 
 }  // namespace

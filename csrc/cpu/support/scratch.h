@@ -32,4 +32,19 @@ class Scratch {
   size_t bytes_;
 };
 
+// Counts what take() would hand out, for a Scratch of just that size: the same function lays memory
+// out with the one and then with the other.
+class ScratchSize {
+ public:
+  template <class T>
+  inline __attribute__((always_inline)) T* take(size_t n) {
+    bytes_ += Scratch::padded(n * sizeof(T));
+    return nullptr;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  size_t bytes_ = 0;
+};
+
 }  // namespace fastseq

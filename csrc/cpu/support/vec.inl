@@ -34,20 +34,42 @@ FASTSEQ_INLINE Vec<T> broadcast(T a) {
 }
 
 // The first n lanes only, 0 <= n; memory beyond them is neither read nor written.
+#if FASTSEQ_VECTOR_BYTES == 64
+FASTSEQ_INLINE VecF load_part(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+FASTSEQ_INLINE VecD load_part(const double* p, int n) {
+  return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+FASTSEQ_INLINE void store_part(float* p, VecF v, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v);
+}
+FASTSEQ_INLINE void store_part(double* p, VecD v, int n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v);
+}
+#else
 template <class T>
-FASTSEQ_INLINE Vec<T> load(const T* p, int n) {
-  if (__builtin_expect(n >= kLanes<T>, 1)) return load(p);
+FASTSEQ_INLINE Vec<T> load_part(const T* p, int n) {
   Vec<T> v{};
   for (int lane = 0; lane < n; ++lane) v[lane] = p[lane];
   return v;
 }
 template <class T>
+FASTSEQ_INLINE void store_part(T* p, Vec<T> v, int n) {
+  for (int lane = 0; lane < n; ++lane) p[lane] = v[lane];
+}
+#endif
+template <class T>
+FASTSEQ_INLINE Vec<T> load(const T* p, int n) {
+  return __builtin_expect(n >= kLanes<T>, 1) ? load(p) : load_part(p, n);
+}
+template <class T>
 FASTSEQ_INLINE void store(T* p, Vec<T> v, int n) {
   if (__builtin_expect(n >= kLanes<T>, 1)) {
     store(p, v);
-    return;
+  } else {
+    store_part(p, v, n);
   }
-  for (int lane = 0; lane < n; ++lane) p[lane] = v[lane];
 }
 
 #if defined(__has_builtin)
@@ -221,6 +243,17 @@ FASTSEQ_INLINE VecD sigmoid(VecD x) { return sigmoid_of<double>(x); }
 FASTSEQ_INLINE VecF tanh(VecF x) { return tanh_of<float>(x); }
 FASTSEQ_INLINE VecD tanh(VecD x) { return tanh_of<double>(x); }
 
+// max(x, 0), NaN staying NaN.
+template <class V>
+FASTSEQ_INLINE V relu(V x) {
+  return x <= V{} ? V{} : x;
+}
+// d where x > 0, else 0.
+template <class V>
+FASTSEQ_INLINE V where_positive(V x, V d) {
+  return x > V{} ? d : V{};
+}
+
 // Two vectors that go through the same maths side by side: one alone leaves the units waiting for
 // the long chain of its exponential.
 template <class T>
@@ -243,22 +276,11 @@ template <class T>
 FASTSEQ_INLINE Two<T> tanh(Two<T> x) {
   return {tanh(x.a), tanh(x.b)};
 }
-
-// The same vector of units of one row or of two, `stride` elements apart.
 template <class T>
-FASTSEQ_INLINE void load_rows(Vec<T>& v, const T* p, int64_t, int lanes) {
-  v = load(p, lanes);
+FASTSEQ_INLINE Two<T> relu(Two<T> x) {
+  return {relu(x.a), relu(x.b)};
 }
 template <class T>
-FASTSEQ_INLINE void load_rows(Two<T>& v, const T* p, int64_t stride, int lanes) {
-  v = {load(p, lanes), load(p + stride, lanes)};
-}
-template <class T>
-FASTSEQ_INLINE void store_rows(T* p, Vec<T> v, int64_t, int lanes) {
-  store(p, v, lanes);
-}
-template <class T>
-FASTSEQ_INLINE void store_rows(T* p, Two<T> v, int64_t stride, int lanes) {
-  store(p, v.a, lanes);
-  store(p + stride, v.b, lanes);
+FASTSEQ_INLINE Two<T> where_positive(Two<T> x, Two<T> d) {
+  return {where_positive(x.a, d.a), where_positive(x.b, d.b)};
 }

@@ -1,0 +1,129 @@
+// The backward pass of a recurrent layer: memory, packing, the loop over steps, the deferred products.
+
+template <class Cell, class T>
+void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
+  using L = LayoutOf<Cell>;
+  using Row = GradientRow<Cell>;
+  const RecurrentShape& s = a.shape;
+  const bool projected = a.weights[0].w_hr != nullptr, want_weights = a.dw_hh[0] != nullptr;
+  const int64_t gates = L::kGates * s.H;
+  BackwardLoop<Cell, T> loop{a,
+                             Cell::kSaved * s.H + (projected ? s.P : 0),
+                             // Rows a power of two apart would share the few lines of one set of
+                             // the first-level cache.
+                             ceil_div(Row::kBlocks * s.H, kLanes<T>) * kLanes<T> + kLanes<T>,
+                             {},
+                             {},
+                             {},
+                             {},
+                             {},
+                             nullptr,
+                             nullptr};
+  const PanelProduct<T> by_hh{gates, s.P, nullptr}, by_hr{s.P, s.H, nullptr};
+  const int64_t panels = by_hh.panels(), hr_panels = projected ? by_hr.panels() : 0;
+  const Plan plan = plan_steps(s, gates * s.P, panels, sizeof(T), threads.count);
+  const int64_t tasks = plan.tasks * s.D;
+  const int64_t task_rows = plan.by_units ? s.B : min64(plan.chunk, s.B);
+  const bool own = !plan.by_units && tasks > s.D && !projected &&
+                   gates * s.P * int64_t(sizeof(T)) <= kOwnCopy;
+
+  BackwardTask<T>* task = nullptr;
+  T* packed_hh = nullptr;
+  T* packed_hr = nullptr;
+  T* zero = nullptr;
+  const T** pointers = nullptr;
+  const int64_t zeros = max64(gates, max64(s.H, s.P));
+  const int64_t hh_size = ceil_div(s.P, kLanes<T>) * kLanes<T> * gates;
+  const int64_t hr_size = projected ? ceil_div(s.H, kLanes<T>) * kLanes<T> * s.P : 0;
+  auto lay_out = [&](auto& memory) {
+    task = memory.template take<BackwardTask<T>>(size_t(tasks));
+    packed_hh = memory.template take<T>(size_t((own ? tasks : s.D) * hh_size));
+    packed_hr = memory.template take<T>(size_t(s.D * hr_size));
+    zero = memory.template take<T>(size_t(zeros));
+    loop.carry = Cell::kCarriesH ? memory.template take<T>(size_t(s.D * s.B * s.H)) : nullptr;
+    for (int d = 0; d < s.D; ++d) {
+      const bool hidden = projected || (Cell::kSavedH < 0 && want_weights);
+      loop.dsums[d] = memory.template take<T>(size_t(s.tokens * loop.dsums_row));
+      loop.hidden[d] = hidden ? memory.template take<T>(size_t(s.tokens * s.H)) : nullptr;
+      loop.dh[d] = projected ? memory.template take<T>(size_t(s.tokens * s.P)) : nullptr;
+    }
+    for (int64_t i = 0; i < tasks; ++i) {
+      BackwardTask<T> one;
+      one.rows = memory.template take<BackwardRow<T>>(size_t(task_rows));
+      one.from = memory.template take<const T*>(size_t(task_rows));
+      if (task) task[i] = one;
+    }
+    pointers = memory.template take<const T*>(size_t(deferred_pointers(s, gates)));
+  };
+  ScratchSize needed;
+  lay_out(needed);
+  Scratch scratch(needed.bytes());
+  lay_out(scratch);
+  for (int64_t i = 0; i < zeros; ++i) zero[i] = 0;
+  loop.zero = zero;
+
+  const int64_t pieces = panels + hr_panels;
+  auto pack = [&](int64_t copy, int64_t piece) {
+    const RecurrentWeights<T>& w = a.weights[copy % s.D];
+    if (piece < panels) {
+      const int64_t column = piece * kPanel<T>;
+      pack_columns(w.w_hh, gates, s.P, column, packed_hh + copy * hh_size + column * gates);
+    } else {
+      const int64_t column = (piece - panels) * kPanel<T>;
+      pack_columns(w.w_hr, s.P, s.H, column, packed_hr + copy * hr_size + column * s.P);
+    }
+  };
+  if (!own) {
+    const bool worth = tasks > 1 && gates * s.P > (1 << 16);
+    run_tasks(worth ? threads : Threads{1, nullptr}, s.D * pieces,
+              [&](int64_t i) { pack(i / pieces, i % pieces); });
+  }
+  for (int d = 0; d < s.D; ++d) {
+    loop.hh[d] = {gates, s.P, packed_hh + d * hh_size};
+    loop.hr[d] = {s.P, s.H, packed_hr + d * hr_size};
+  }
+  if (Cell::kStates == 2) {
+    for (int64_t i = 0; i < s.D * s.B * s.H; ++i) a.dc0[i] = a.dc_n ? a.dc_n[i] : T(0);
+  }
+
+  auto share_of = [&](int64_t i) {
+    const int64_t part = i / s.D;
+    Share share{int(i % s.D), 0, s.B, 0, panels};
+    if (plan.by_units) {
+      share.g0 = part * plan.chunk;
+      share.g1 = min64(share.g0 + plan.chunk, panels);
+    } else {
+      share.b0 = part * plan.chunk;
+      share.b1 = min64(share.b0 + plan.chunk, s.B);
+    }
+    return share;
+  };
+  const int phases = projected ? 2 : 1;
+  // The step before the first, for dL/dh0, has no cells.
+  const int64_t all_phases = s.T * phases + (a.dh0 ? 1 : 0);
+  auto run_phase = [&](BackwardLoop<Cell, T>& mine, int64_t i, int64_t step) {
+    const Share share = share_of(i);
+    if (step % phases == 0) {
+      mine.by_hh(share, step / phases, task[i]);
+    } else {
+      const int64_t parts = plan.by_units ? plan.tasks : 1, part = plan.by_units ? i / s.D : 0;
+      const int64_t each = ceil_div(hr_panels, parts), p0 = min64(part * each, hr_panels);
+      mine.by_hr(share, step / phases, p0, min64(p0 + each, hr_panels), task[i]);
+    }
+  };
+  if (plan.by_units) {
+    Steps steps(all_phases, int(tasks));
+    run_tasks(threads, tasks, [&](int64_t first) {
+      steps.work(int(first),
+                 [&](int64_t step, int share) { run_phase(loop, share, step); });
+    });
+  } else {
+    run_tasks(threads, tasks, [&](int64_t i) {
+      BackwardLoop<Cell, T> mine = loop;
+      for (int64_t piece = 0; own && piece < pieces; ++piece) pack(i, piece);
+      if (own) mine.hh[i % s.D].packed = packed_hh + i * hh_size;
+      for (int64_t step = 0; step < all_phases; ++step) run_phase(mine, i, step);
+    });
+  }
+  recurrent_deferred(loop, pointers, threads);
+}

@@ -1,0 +1,298 @@
+// The loop of a recurrent layer's backward pass: it carries dL/dh and dL/dc only; all weight gradients
+// are products over the whole sequence afterwards (deferred.inl).
+
+// Where the gradients of a cell's sums lie in a token's row [blocks][H]: in order, but the input
+// half of a gate in two halves first, so that those of x and those of h are each side by side.
+template <class Cell>
+struct GradientRow {
+  using L = LayoutOf<Cell>;
+  static constexpr int kBlocks = L::kSums + Cell::kParams;
+  static constexpr int block(int sum) {
+    return L::kApart < 0 ? sum : sum == L::kApart ? 0 : sum < L::kApart ? sum + 1 : sum;
+  }
+  // First block of the recurrent sums; those of x begin at 0.
+  static constexpr int kRecurrent = L::kApart < 0 ? 0 : 1;
+  // The gate whose input sum is block i.
+  static constexpr int gate(int i) {
+    return L::kApart < 0 ? i : i == 0 ? L::kApart : i - 1;
+  }
+};
+
+// What a step needs to know of a row.
+template <class T>
+struct BackwardRow {
+  const T* c_prev;
+  const T* h_prev;
+  const T* saved;
+  const T* dy;    // or null
+  const T* dh_n;  // at a row's last step, or null
+  const T* dc;
+  T* dc_out;
+  const T* carry;  // dL/dh other than by W_hh
+  T* carry_out;
+  const T* masks[kMostMasks];
+  T* dsums;   // the token's gradient row
+  T* hidden;  // h made again, or null
+};
+
+template <class T>
+struct BackwardTask {
+  BackwardRow<T>* rows;
+  const T** from;  // gradient row of the later step, of each row
+};
+
+template <class Cell, class T>
+struct BackwardLoop {
+  using L = LayoutOf<Cell>;
+  using Row = GradientRow<Cell>;
+
+  const RecurrentBackward<T>& a;
+  int64_t saved_row;
+  int64_t dsums_row;   // elements from one token's gradient row to the next
+  PanelProduct<T> hh[2];  // by W_hh
+  PanelProduct<T> hr[2];  // by W_hr
+  T* dsums[2];   // [tokens, dsums_row]
+  T* hidden[2];  // [tokens, H]: what was multiplied by W_hr, or h where `saved` has it not; or null
+  T* dh[2];      // [tokens, P]: dL/dh of all paths, where h is projected
+  T* carry;      // [D, B, H] or null
+  const T* zero;
+
+  Walk walk(int d) const { return {a.shape, d == 1}; }
+  bool projected() const { return a.weights[0].w_hr != nullptr; }
+
+  // h of step t, row b, as the forward pass had it.
+  const T* h_of(int d, int64_t t, int64_t b) const {
+    const RecurrentShape& s = a.shape;
+    const int64_t token = s.first[t] + b;
+    const T* saved = a.saved + (d * s.tokens + token) * saved_row;
+    if (projected()) return saved + Cell::kSaved * s.H;
+    if constexpr (Cell::kSavedH >= 0) return saved + Cell::kSavedH * s.H;
+    return hidden[d] + token * s.H;
+  }
+  // h that entered step t of row b.
+  const T* h_before(int d, int64_t t, int64_t b) const {
+    const RecurrentShape& s = a.shape;
+    const Walk w = walk(d);
+    if (w.cut(a.resets, t, b)) return zero;
+    if (w.follows(t, b)) return h_of(d, w.before(t), b);
+    return a.h0 ? a.h0 + (d * s.B + s.sequence(b)) * s.P : zero;
+  }
+
+  // Fills in the rows of a step; returns how many there are. At `initial`, the step before the first:
+  // every row, and only what leads to h0.
+  int64_t prepare(const Share& share, int64_t t, bool initial, BackwardTask<T>& task) {
+    const RecurrentShape& s = a.shape;
+    const int d = share.d;
+    const Walk w = walk(d);
+    const int64_t rows = initial ? s.B : s.rows[t];
+    const int64_t count = max64(min64(share.b1, rows) - share.b0, 0);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = share.b0 + i, state = d * s.B + s.sequence(b);
+      BackwardRow<T>& row = task.rows[i];
+      const int64_t later = initial ? w.first(b) : w.after(t);
+      const bool last = b >= s.rows_at(later);
+      const bool flows = !last && !w.cut(a.resets, later, b);
+      task.from[i] = flows ? dsums[d] + (s.first[later] + b) * dsums_row + Row::kRecurrent * s.H
+                           : zero;
+      const bool ends = last && !w.cut_at_end(a.resets, b);
+      row.dh_n = ends && a.dh_n ? a.dh_n + state * s.P : nullptr;
+      if (carry) {
+        row.carry_out = carry + state * s.H;
+        row.carry = flows ? row.carry_out : zero;
+      }
+      if constexpr (Cell::kStates == 2) {
+        row.dc_out = a.dc0 + state * s.H;
+        row.dc = flows || ends ? row.dc_out : zero;
+      }
+      if (initial) continue;
+      const int64_t token = s.first[t] + b;
+      row.saved = a.saved + (d * s.tokens + token) * saved_row;
+      row.dy = a.dy.base ? a.dy.at(s, t, b) + d * s.P : nullptr;
+      row.dsums = dsums[d] + token * dsums_row;
+      row.hidden = hidden[d] ? hidden[d] + token * s.H : nullptr;
+      if constexpr (Cell::kReadsH) row.h_prev = h_before(d, t, b);
+      if constexpr (Cell::kStates == 2) {
+        row.c_prev = w.cut(a.resets, t, b) ? zero
+                     : w.follows(t, b)
+                         ? a.saved +
+                               (d * s.tokens + s.first[w.before(t)] + b) * saved_row +
+                               Cell::kSavedC * s.H
+                     : a.c0 ? a.c0 + state * s.H
+                            : zero;
+      }
+      for (int k = 0; k < Cell::kMasks; ++k) row.masks[k] = a.masks[d][k].at(s, t, b);
+    }
+    return count;
+  }
+
+  // dL/dh of the units [unit, unit + lanes) from all paths but the product that `sum` holds.
+  FASTSEQ_INLINE Vec<T> add_paths(const BackwardRow<T>& row, int64_t unit, int lanes, Vec<T> sum) {
+    if (row.dh_n) sum += load(row.dh_n + unit, lanes);
+    if (row.dy) sum += load(row.dy + unit, lanes);
+    return sum;
+  }
+
+  // The cell's maths for a vector of units of row r (V a vector), or also of row q or of the units
+  // `across` further on (V is Two): from dL/dh to the sums and to the step before.
+  template <class V>
+  FASTSEQ_INLINE void finish(const BackwardRow<T>& r, const BackwardRow<T>& q, int64_t unit,
+                             int64_t across, const T* params, V dh) {
+    const int64_t H = a.shape.H, unit_q = unit + across;
+    const int lanes = int(min64(kLanes<T>, H - unit));
+    V saved[Cell::kSaved], c_prev{}, h_prev{}, dc{}, carried{}, h{};
+    V mask[kMostMasks], param[Cell::kParams + 1], dparam[Cell::kParams + 1], dz[L::kSums];
+#pragma GCC unroll 8
+    for (int i = 0; i < Cell::kSaved; ++i) {
+      load_pair(saved[i], r.saved + i * H + unit, q.saved + i * H + unit_q, lanes);
+    }
+    if constexpr (Cell::kCarriesH) {
+      load_pair(carried, r.carry + unit, q.carry + unit_q, lanes);
+      dh = dh + carried;
+    }
+    if constexpr (Cell::kReadsH) load_pair(h_prev, r.h_prev + unit, q.h_prev + unit_q, lanes);
+    if constexpr (Cell::kStates == 2) {
+      load_pair(c_prev, r.c_prev + unit, q.c_prev + unit_q, lanes);
+      load_pair(dc, r.dc + unit, q.dc + unit_q, lanes);
+    }
+    for (int i = 0; i < Cell::kMasks; ++i) {
+      load_pair(mask[i], r.masks[i] + unit, q.masks[i] + unit_q, lanes);
+    }
+    for (int i = 0; i < Cell::kParams; ++i) {
+      load_pair(param[i], params + i * H + unit, params + i * H + unit_q, lanes);
+    }
+    Cell::backward(saved, h_prev, c_prev, param, mask, dh, dc, carried, dz, dparam, h);
+    if constexpr (Cell::kStates == 2) store_pair(r.dc_out + unit, q.dc_out + unit_q, dc, lanes);
+    if constexpr (Cell::kCarriesH) {
+      store_pair(r.carry_out + unit, q.carry_out + unit_q, carried, lanes);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < L::kSums; ++i) {
+      const int64_t at = Row::block(i) * H;
+      store_pair(r.dsums + at + unit, q.dsums + at + unit_q, dz[i], lanes);
+    }
+    for (int i = 0; i < Cell::kParams; ++i) {
+      const int64_t at = (L::kSums + i) * H;
+      store_pair(r.dsums + at + unit, q.dsums + at + unit_q, dparam[i], lanes);
+    }
+    if (r.hidden) store_pair(r.hidden + unit, q.hidden + unit_q, h, lanes);
+  }
+
+  // The cells of `rows` rows, for `vectors` vectors of units from `unit` on; sum(m, j) is where the
+  // product for row m and vector j lies.
+  template <class Sum>
+  FASTSEQ_INLINE void finish_tile(const BackwardRow<T>* row, int rows, int64_t unit, int vectors,
+                                  const T* params, bool paths, const Sum& sum) {
+    const int64_t H = a.shape.H;
+    for (int j = 0; j < vectors; ++j, unit += kLanes<T>) {
+      const int lanes = int(min64(kLanes<T>, H - unit));
+      auto dh = [&](int m, int of, int64_t at) {
+        const Vec<T> product = load(sum(m, of));
+        return paths ? add_paths(row[m], at, lanes, product) : product;
+      };
+      if (rows == 1 && j + 1 < vectors && unit + 2 * kLanes<T> <= H) {
+        const Two<T> both{dh(0, j, unit), dh(0, j + 1, unit + kLanes<T>)};
+        finish<Two<T>>(row[0], row[0], unit, kLanes<T>, params, both);
+        ++j;
+        unit += kLanes<T>;
+        continue;
+      }
+      int m = 0;
+      for (; m + 1 < rows; m += 2) {
+        finish<Two<T>>(row[m], row[m + 1], unit, 0, params, {dh(m, j, unit), dh(m + 1, j, unit)});
+      }
+      if (m < rows) finish<Vec<T>>(row[m], row[m], unit, 0, params, dh(m, j, unit));
+    }
+  }
+
+  // dL/dh of step `step` back from the end (step T: of h0), and with it the cells, or where h is
+  // projected only dL/dh itself; for a share of the panels of W_hh.
+  void by_hh(const Share& share, int64_t step, BackwardTask<T>& task) {
+    const RecurrentShape& s = a.shape;
+    const int d = share.d;
+    const bool initial = step == s.T;
+    const int64_t t = initial ? (d ? s.T : -1) : walk(d).time(s.T - 1 - step);
+    const int64_t count = prepare(share, t, initial, task);
+    const PanelProduct<T>& product = hh[d];
+    alignas(64) T sums[kRows * 2 * kPanel<T>];
+    const int64_t tiles = ceil_div(count, kRows);
+    const int most = count ? int(ceil_div(count, tiles)) : 1;
+    for (int64_t p = share.g0, n = 0; p < share.g1; p += n) {
+      n = product.together(most, p, share.g1);
+      const int wide = product.vectors(p);
+      const int64_t unit = p * kPanel<T>;
+      int64_t b = 0;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
+        bool any = false;
+        for (int m = 0; m < rows; ++m) any = any || task.from[b + m] != zero;
+        product.sums(p, int(n), rows, task.from + b, any, int(i), sums);
+        auto sum = [&](int m, int j) {
+          return sums + (((j / wide) * rows + m) * wide + j % wide) * kLanes<T>;
+        };
+        const BackwardRow<T>* row = task.rows + b;
+        if (!initial && !projected()) {
+          finish_tile(row, rows, unit, int(n) * wide, a.weights[d].params, true, sum);
+        } else {
+          for (int j = 0; j < int(n) * wide; ++j) {
+            const int64_t column = unit + j * kLanes<T>;
+            const int lanes = int(min64(kLanes<T>, s.P - column));
+            for (int m = 0; m < rows; ++m) {
+              const int64_t at = share.b0 + b + m;
+              if (initial) {
+                store_initial(row[m], d, at, column, lanes, load(sum(m, j)));
+              } else {
+                store(dh[d] + (s.first[t] + at) * s.P + column,
+                      add_paths(row[m], column, lanes, load(sum(m, j))), lanes);
+              }
+            }
+          }
+        }
+        b += rows;
+      }
+    }
+  }
+
+  FASTSEQ_INLINE void store_initial(const BackwardRow<T>& row, int d, int64_t b, int64_t unit,
+                                    int lanes, Vec<T> sum) {
+    const RecurrentShape& s = a.shape;
+    if (row.dh_n) sum += load(row.dh_n + unit, lanes);
+    if constexpr (Cell::kCarriesH) sum += load(row.carry + unit, lanes);
+    store(a.dh0 + (d * s.B + s.sequence(b)) * s.P + unit, sum, lanes);
+    if constexpr (Cell::kStates == 2) {
+      // A reset: nothing reaches the initial cell state either.
+      if (row.dc == zero && unit == 0) {
+        for (int64_t u = 0; u < s.H; ++u) row.dc_out[u] = 0;
+      }
+    }
+  }
+
+  // The cells of a step where h is projected, from dL/dh; for a share of the panels of W_hr.
+  void by_hr(const Share& share, int64_t step, int64_t p0, int64_t p1, BackwardTask<T>& task) {
+    const RecurrentShape& s = a.shape;
+    const int d = share.d;
+    const int64_t t = walk(d).time(s.T - 1 - step);
+    const int64_t count = max64(min64(share.b1, s.rows[t]) - share.b0, 0);
+    for (int64_t i = 0; i < count; ++i) {
+      task.from[i] = dh[d] + (s.first[t] + share.b0 + i) * s.P;
+    }
+    const PanelProduct<T>& product = hr[d];
+    alignas(64) T sums[kRows * 2 * kPanel<T>];
+    const int64_t tiles = ceil_div(count, kRows);
+    const int most = count ? int(ceil_div(count, tiles)) : 1;
+    for (int64_t p = p0, n = 0; p < p1; p += n) {
+      n = product.together(most, p, p1);
+      const int wide = product.vectors(p);
+      int64_t b = 0;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
+        product.sums(p, int(n), rows, task.from + b, true, int(i), sums);
+        auto sum = [&](int m, int j) {
+          return sums + (((j / wide) * rows + m) * wide + j % wide) * kLanes<T>;
+        };
+        finish_tile(task.rows + b, rows, p * kPanel<T>, int(n) * wide, a.weights[d].params, false,
+                    sum);
+        b += rows;
+      }
+    }
+  }
+};

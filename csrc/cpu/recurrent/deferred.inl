@@ -1,0 +1,158 @@
+// Gradients of weights, biases and inputs, from the gradients of the sums of all tokens.
+
+inline int64_t deferred_pointers(const RecurrentShape& s, int64_t gates) {
+  return s.tokens * (2 + s.D) + 2 * s.D * gates;
+}
+
+template <class Cell, class T>
+struct Deferred {
+  using Row = GradientRow<Cell>;
+  static constexpr int kGates = Cell::kGates;
+
+  const BackwardLoop<Cell, T>& loop;
+  const RecurrentShape& s;
+  const T** x_rows;     // [tokens]
+  T** dx_rows;          // [tokens]
+  const T** h_rows[2];  // [tokens]: the h that entered each token
+  const T** w_rows[2];  // [G*H]: rows of W_ih in the order of the gradient row's blocks
+  T** dw_rows[2];       // the same of dL/dW_ih
+
+  Deferred(const BackwardLoop<Cell, T>& loop, const T** memory) : loop(loop), s(loop.a.shape) {
+    const RecurrentBackward<T>& a = loop.a;
+    auto take = [&](int64_t n) {
+      const T** p = memory;
+      memory += n;
+      return p;
+    };
+    x_rows = take(s.tokens);
+    dx_rows = const_cast<T**>(take(s.tokens));
+    for (int d = 0; d < s.D; ++d) {
+      h_rows[d] = take(s.tokens);
+      w_rows[d] = take(kGates * s.H);
+      dw_rows[d] = const_cast<T**>(take(kGates * s.H));
+      for (int64_t i = 0; i < kGates * s.H; ++i) {
+        const int64_t row = Row::gate(int(i / s.H)) * s.H + i % s.H;
+        w_rows[d][i] = a.weights[d].w_ih + row * s.I;
+        if (a.dw_hh[d]) dw_rows[d][i] = a.dw_ih[d] + row * s.I;
+      }
+    }
+    for (int64_t t = 0; t < s.T; ++t) {
+      for (int64_t b = 0; b < s.rows[t]; ++b) {
+        const int64_t token = s.first[t] + b;
+        x_rows[token] = a.x.at(s, t, b);
+        if (a.dx.base) dx_rows[token] = a.dx.at(s, t, b);
+        for (int d = 0; d < s.D && a.dw_hh[0]; ++d) h_rows[d][token] = loop.h_before(d, t, b);
+      }
+    }
+  }
+
+  Gemm<T> by_x(int d) const {
+    Gemm<T> g = over_tokens(loop.dsums[d], loop.dsums_row, kGates * s.H);
+    g.N = s.I;
+    g.b_rows = x_rows;
+    g.c_rows = dw_rows[d];
+    return g;
+  }
+  Gemm<T> by_h(int d) const {
+    Gemm<T> g = over_tokens(loop.dsums[d] + Row::kRecurrent * s.H, loop.dsums_row, kGates * s.H);
+    g.N = g.ldc = s.P;
+    g.b_rows = h_rows[d];
+    g.c = loop.a.dw_hh[d];
+    return g;
+  }
+  Gemm<T> by_unprojected(int d) const {
+    Gemm<T> g = over_tokens(loop.dh[d], s.P, s.P);
+    g.N = g.ldb = g.ldc = s.H;
+    g.b = loop.hidden[d];
+    g.c = loop.a.dw_hr[d];
+    return g;
+  }
+  Gemm<T> to_x(int d) const {
+    Gemm<T> g{};
+    g.M = s.tokens;
+    g.K = kGates * s.H;
+    g.N = s.I;
+    g.a = loop.dsums[d];
+    g.a_m = loop.dsums_row;
+    g.a_k = 1;
+    g.b_rows = w_rows[d];
+    g.c_rows = dx_rows;
+    g.accumulate = d == 1;
+    return g;
+  }
+  static Gemm<T> over_tokens(const T* a, int64_t row, int64_t M, int64_t K) {
+    Gemm<T> g{};
+    g.M = M;
+    g.K = K;
+    g.a = a;
+    g.a_m = 1;
+    g.a_k = row;
+    return g;
+  }
+  Gemm<T> over_tokens(const T* a, int64_t row, int64_t M) const {
+    return over_tokens(a, row, M, s.tokens);
+  }
+
+  // Sums over tokens: part `part` of the biases and the cell's parameters of direction d.
+  void sums(int d, int64_t part, int64_t parts) const {
+    const RecurrentBackward<T>& a = loop.a;
+    const int64_t vectors = ceil_div(s.H, kLanes<T>), each = ceil_div(vectors, parts);
+    const int64_t u0 = min64(part * each * kLanes<T>, s.H);
+    const int64_t u1 = min64(u0 + each * kLanes<T>, s.H);
+    auto sum = [&](int block, T* out) {
+      column_sums(loop.dsums[d] + block * s.H, s.tokens, u0, u1, loop.dsums_row, out);
+    };
+    for (int i = 0; i < kGates && a.db_ih[d]; ++i) {
+      sum(i, a.db_ih[d] + Row::gate(i) * s.H);
+      T* other = a.db_hh[d] + i * s.H;
+      if (Row::kRecurrent) {
+        sum(Row::kRecurrent + i, other);
+      } else {
+        for (int64_t u = u0; u < u1; ++u) other[u] = a.db_ih[d][i * s.H + u];
+      }
+    }
+    for (int i = 0; i < Cell::kParams && a.dparams[d]; ++i) {
+      sum(cell::kSums<Cell> + i, a.dparams[d] + i * s.H);
+    }
+  }
+};
+
+template <class Cell, class T>
+void recurrent_deferred(const BackwardLoop<Cell, T>& loop, const T** memory,
+                        const Threads& threads) {
+  const RecurrentBackward<T>& a = loop.a;
+  const RecurrentShape& s = a.shape;
+  const Deferred<Cell, T> deferred(loop, memory);
+  Gemm<T> products[8];
+  int count = 0;
+  for (int d = 0; d < s.D; ++d) {
+    if (a.dw_hh[d]) products[count++] = deferred.by_x(d);
+    if (a.dw_hh[d]) products[count++] = deferred.by_h(d);
+    if (a.dw_hr[d]) products[count++] = deferred.by_unprojected(d);
+  }
+  // After the others: a part of the second direction adds to what it made of the first.
+  for (int d = 0; d < s.D && a.dx.base; ++d) products[count++] = deferred.to_x(d);
+
+  int64_t work = 0, a_size = 0, b_size = 0;
+  for (int i = 0; i < count; ++i) {
+    work += products[i].M * products[i].N * products[i].K;
+    a_size = max64(a_size, GemmBlocks<T>::a_size(products[i]));
+    b_size = max64(b_size, GemmBlocks<T>::b_size(products[i]));
+  }
+  const int64_t parts = max64(1, min64(min64(threads.count, kMostParts), work / kWorthATask));
+  GemmBlocks<T> blocks[kMostParts];
+  auto lay_out = [&](auto& memory) {
+    for (int64_t part = 0; part < parts; ++part) {
+      blocks[part].a = memory.template take<T>(size_t(a_size));
+      blocks[part].b = memory.template take<T>(size_t(b_size));
+    }
+  };
+  ScratchSize needed;
+  lay_out(needed);
+  Scratch scratch(needed.bytes());
+  lay_out(scratch);
+  run_tasks(threads, parts, [&](int64_t part) {
+    for (int i = 0; i < count; ++i) gemm_part(products[i], part, parts, blocks[part]);
+    for (int d = 0; d < s.D; ++d) deferred.sums(d, part, parts);
+  });
+}

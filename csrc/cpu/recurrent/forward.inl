@@ -1,0 +1,364 @@
+// The forward pass of a recurrent layer.
+//
+// For a group of units and a few sequences, the sums b + x_t W_ih^T + h W_hh^T are register tiles
+// (the gates of a unit side by side, so that the cell's maths follows at once).
+
+// What a step needs to know of a row.
+template <class T>
+struct ForwardRow {
+  const T* h;   // of the step before
+  const T* c;
+  T* c_out;
+  T* out;       // h, or what is to be projected to it
+  T* y;
+  T* saved;     // or null
+  const T* masks[kMostMasks];
+};
+
+// Memory of one task.
+template <class T>
+struct ForwardTask {
+  ForwardRow<T>* rows;
+  const T** x;
+  const T** h;
+  const T** start;
+  T* ahead;  // input products of several steps, [groups][tokens][kOut][lanes]
+  PackedForward<T> packed;
+};
+
+// A part of the work of a step: a direction, its rows [b0, b1), its groups of units [g0, g1).
+struct Share {
+  int d;
+  int64_t b0, b1, g0, g1;
+};
+
+template <class Cell, class T>
+struct ForwardLoop {
+  using L = LayoutOf<Cell>;
+  static constexpr int kRowOut = L::kOut * kLanes<T>;
+
+  const RecurrentForward<T>& a;
+  int64_t saved_row;
+  const T* zero;   // max(H, P) zeros
+  T* unprojected;  // [D, B, H], or null: h is not projected
+  int64_t ahead;   // steps; 0: input products are made step by step
+
+  Walk walk(int d) const { return {a.shape, d == 1}; }
+  const T* initial_h(int d, int64_t b) const {
+    return a.h0 ? a.h0 + (d * a.shape.B + a.shape.sequence(b)) * a.shape.P : zero;
+  }
+
+  // Input products of the steps [s0, s1) of a chunk that began at `chunk`, for all groups of a share.
+  void multiply_ahead(const Share& share, int64_t chunk, int64_t chunk_end, int64_t s0, int64_t s1,
+                      const PackedForward<T>& packed, T* out) {
+    const RecurrentShape& s = a.shape;
+    const int64_t wide = share.b1 - share.b0, tokens = (chunk_end - chunk) * wide;
+    alignas(64) T sums[L::kRows * kRowOut];
+    const T *x[L::kRows], *start[L::kRows];
+    T* target[L::kRows];
+    SumsTile<T> tile{start, x, x, 0, nullptr, nullptr, s.I, 0, 2};
+    for (int64_t g = share.g0; g < share.g1; ++g) {
+      tile.panel_x = tile.panel_h = packed.x + g * s.I * L::kColumns * kLanes<T>;
+      const T* bias = packed.bias + g * kRowOut;
+      int rows = 0;
+      auto flush = [&] {
+        sums_tile<L>(tile, rows, 1, sums);
+        for (int m = 0; m < rows; ++m) {
+          for (int i = 0; i < kRowOut; i += kLanes<T>) {
+            store(target[m] + i, load(sums + m * kRowOut + i));
+          }
+        }
+        rows = 0;
+      };
+      for (int64_t step = s0; step < s1; ++step) {
+        const int64_t t = walk(share.d).time(step);
+        for (int64_t b = share.b0; b < min64(share.b1, s.rows[t]); ++b) {
+          start[rows] = bias;
+          x[rows] = a.x.at(s, t, b);
+          target[rows] =
+              out + ((g - share.g0) * tokens + (step - chunk) * wide + b - share.b0) * kRowOut;
+          if (++rows == L::kRows) flush();
+        }
+      }
+      if (rows) flush();
+    }
+  }
+
+  // Fills in the rows of a step; returns how many there are.
+  int64_t prepare(const Share& share, int64_t t, ForwardTask<T>& task) {
+    const RecurrentShape& s = a.shape;
+    const Walk w = walk(share.d);
+    const int64_t before = w.before(t), count = max64(min64(share.b1, s.rows[t]) - share.b0, 0);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = share.b0 + i, state = share.d * s.B + s.sequence(b);
+      ForwardRow<T>& row = task.rows[i];
+      const bool cut = w.cut(a.resets, t, b);
+      row.h = cut                ? zero
+              : w.follows(t, b) ? a.y.at(s, before, b) + share.d * s.P
+                                 : initial_h(share.d, b);
+      row.y = a.y.at(s, t, b) + share.d * s.P;
+      row.out = unprojected ? unprojected + state * s.H : row.y;
+      if constexpr (Cell::kStates == 2) {
+        row.c_out = a.c_n + state * s.H;
+        row.c = cut ? zero : row.c_out;
+      }
+      row.saved = a.saved ? a.saved + (share.d * s.tokens + s.first[t] + b) * saved_row : nullptr;
+      for (int i_mask = 0; i_mask < Cell::kMasks; ++i_mask) {
+        row.masks[i_mask] = a.masks[share.d][i_mask].at(s, t, b);
+      }
+      task.h[i] = row.h;
+      if (!ahead) task.x[i] = a.x.at(s, t, b);
+    }
+    return count;
+  }
+
+  // The cell's maths for a vector of units of row r (V a vector), or also of row q or of the units
+  // `across` further on (V is Two).
+  template <class V>
+  FASTSEQ_INLINE void finish(const ForwardRow<T>& r, const ForwardRow<T>& q, int64_t unit,
+                             int64_t across, const T* params, const T* sums, const T* sums_q) {
+    const int64_t H = a.shape.H, unit_q = unit + across;
+    const int lanes = int(min64(kLanes<T>, H - unit));
+    V z[L::kSums], c{}, h{}, mask[kMostMasks], param[Cell::kParams + 1], saved[Cell::kSaved];
+#pragma GCC unroll 4
+    for (int i = 0; i < L::kSums; ++i) {
+      constexpr int kNext = L::kUnits * kLanes<T>;
+      load_pair(z[i], sums + i * kNext, sums_q + i * kNext, kLanes<T>);
+    }
+    if constexpr (Cell::kReadsH) load_pair(h, r.h + unit, q.h + unit_q, lanes);
+    if constexpr (Cell::kStates == 2) load_pair(c, r.c + unit, q.c + unit_q, lanes);
+    for (int i = 0; i < Cell::kMasks; ++i) {
+      load_pair(mask[i], r.masks[i] + unit, q.masks[i] + unit_q, lanes);
+    }
+    for (int i = 0; i < Cell::kParams; ++i) {
+      load_pair(param[i], params + i * H + unit, params + i * H + unit_q, lanes);
+    }
+    h = Cell::forward(z, h, c, param, mask, saved);
+    if constexpr (Cell::kStates == 2) store_pair(r.c_out + unit, q.c_out + unit_q, c, lanes);
+    store_pair(r.out + unit, q.out + unit_q, h, lanes);
+    if (r.saved) {
+#pragma GCC unroll 8
+      for (int i = 0; i < Cell::kSaved; ++i) {
+        store_pair(r.saved + i * H + unit, q.saved + i * H + unit_q, saved[i], lanes);
+      }
+    }
+  }
+
+  // The cells of one step.
+  void cells(const Share& share, int64_t step, ForwardTask<T>& task) {
+    const RecurrentShape& s = a.shape;
+    const int64_t t = walk(share.d).time(step), wide = share.b1 - share.b0;
+    const int64_t count = prepare(share, t, task);
+    const int64_t in_chunk = ahead ? step % ahead : 0;
+    const int64_t tokens = min64(ahead, s.T - (step - in_chunk)) * wide;
+    const T* params = a.weights[share.d].params;
+    // Few rows take several groups, up to eight rows' worth in all.
+    alignas(64) T sums[(L::kRows + 8) * kRowOut];
+    SumsTile<T> tile{task.start, task.x,  task.h,           (ahead ? tokens : 1) * kRowOut,
+                     nullptr,    nullptr, ahead ? 0 : s.I, s.P,
+                     0};
+    // Tiles of even height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
+    const int64_t tiles = ceil_div(count, L::kRows);
+    const int most = tiles == 1 ? L::groups(int(count)) : 1;
+    for (int64_t g = share.g0, groups = 0; g < share.g1; g += groups) {
+      groups = g + most <= share.g1 ? most : 1;
+      tile.panel_x = task.packed.x + g * s.I * L::kColumns * kLanes<T>;
+      tile.panel_h = task.packed.h + g * s.P * L::kColumns * kLanes<T>;
+      const T* start = ahead ? task.ahead + ((g - share.g0) * tokens + in_chunk * wide) * kRowOut
+                             : task.packed.bias + g * kRowOut;
+      for (int64_t i = 0; i < count; ++i) task.start[i] = start + (ahead ? i * kRowOut : 0);
+      int64_t b = 0;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
+        tile.start = task.start + b;
+        tile.x = task.x + b;
+        tile.h = task.h + b;
+        tile.order = int(i);
+        sums_tile<L>(tile, rows, int(groups), sums);
+        finish_tile(g, int(groups), rows, params, task.rows + b, sums);
+        b += rows;
+      }
+    }
+  }
+
+  // The cells of one tile: `rows` rows by `groups` groups from g on.
+  FASTSEQ_INLINE void finish_tile(int64_t g, int groups, int rows, const T* params,
+                                  const ForwardRow<T>* row, const T* sums) {
+    const int64_t H = a.shape.H;
+    auto sums_of = [&](int m, int j) {
+      return sums + ((j / L::kUnits) * rows + m) * kRowOut + (j % L::kUnits) * kLanes<T>;
+    };
+    for (int j = 0; j < groups * L::kUnits; ++j) {
+      const int64_t unit = (g * L::kUnits + j) * kLanes<T>;
+      if (unit >= H) break;
+      if (rows == 1 && j + 1 < groups * L::kUnits && unit + 2 * kLanes<T> <= H) {
+        finish<Two<T>>(row[0], row[0], unit, kLanes<T>, params, sums_of(0, j), sums_of(0, j + 1));
+        ++j;
+        continue;
+      }
+      int m = 0;
+      for (; m + 1 < rows; m += 2) {
+        finish<Two<T>>(row[m], row[m + 1], unit, 0, params, sums_of(m, j), sums_of(m + 1, j));
+      }
+      if (m < rows) finish<Vec<T>>(row[m], row[m], unit, 0, params, sums_of(m, j), nullptr);
+    }
+  }
+
+  // h from what cells() left, for columns of a share of the projection's panels.
+  void project(const Share& share, int64_t step, int64_t p0, int64_t p1, ForwardTask<T>& task) {
+    const RecurrentShape& s = a.shape;
+    const int64_t t = walk(share.d).time(step);
+    const int64_t count = max64(min64(share.b1, s.rows[t]) - share.b0, 0);
+    for (int64_t i = 0; i < count; ++i) task.h[i] = task.rows[i].out;
+    const PanelProduct<T> product{s.H, s.P, task.packed.hr};
+    product.each(p0, p1, count, task.h, [&](int64_t i, int64_t column, Vec<T> h, int lanes) {
+      const ForwardRow<T>& row = task.rows[i];
+      store(row.y + column, h, lanes);
+      if (row.saved) store(row.saved + Cell::kSaved * s.H + column, h, lanes);
+    });
+  }
+};
+
+template <class Cell, class T>
+void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
+  using L = LayoutOf<Cell>;
+  const RecurrentShape& s = a.shape;
+  const bool projected = a.weights[0].w_hr != nullptr;
+  const PackedSizes<L, T> size(s, projected);
+  const int64_t hr_panels = ceil_div(s.P, kPanel<T>);
+  const Plan plan = plan_steps(s, (s.I + s.P) * L::kGates * s.H, size.groups, sizeof(T),
+                               threads.count);
+  const int64_t tasks = plan.tasks * s.D;
+  const int64_t task_rows = plan.by_units ? s.B : min64(plan.chunk, s.B);
+  const int64_t task_groups = plan.by_units ? plan.chunk : size.groups;
+  // With rows for less than half a tile, input products are made for several steps together; by all
+  // threads, where the loop has use for one only.
+  const bool few = task_rows > 0 && 2 * task_rows <= L::kRows && s.T > 1;
+  const bool shared_ahead = few && tasks == 1 && threads.count > 1 &&
+                            s.tokens * s.I * L::kGates * s.H >= (int64_t(1) << 18);
+  const int64_t ahead_rows = shared_ahead ? 512 : 4 * L::kRows;
+  const int64_t ahead = few ? min64(s.T, ceil_div(ahead_rows, task_rows)) : 0;
+  const bool own = !plan.by_units && tasks > s.D &&
+                   (size.x + size.h + size.hr) * int64_t(sizeof(T)) <= kOwnCopy;
+
+  ForwardLoop<Cell, T> loop{a, Cell::kSaved * s.H + (projected ? s.P : 0), nullptr, nullptr, ahead};
+  ForwardTask<T>* task = nullptr;
+  T* zero = nullptr;
+  auto lay_out = [&](auto& memory) {
+    task = memory.template take<ForwardTask<T>>(size_t(tasks));
+    zero = memory.template take<T>(size_t(max64(s.H, s.P)));
+    loop.unprojected = projected ? memory.template take<T>(size_t(s.D * s.B * s.H)) : nullptr;
+    PackedForward<T> packed[2] = {};
+    for (int64_t i = 0; i < tasks; ++i) {
+      ForwardTask<T> one{};
+      one.rows = memory.template take<ForwardRow<T>>(size_t(task_rows));
+      one.x = memory.template take<const T*>(size_t(task_rows));
+      one.h = memory.template take<const T*>(size_t(task_rows));
+      one.start = memory.template take<const T*>(size_t(task_rows));
+      one.ahead = memory.template take<T>(size_t(ahead * task_rows * task_groups * L::kOut *
+                                                 kLanes<T>));
+      PackedForward<T>& p = packed[i % s.D];
+      if (own || i < s.D) {
+        p.bias = memory.template take<T>(size_t(size.bias));
+        p.x = memory.template take<T>(size_t(size.x));
+        p.h = memory.template take<T>(size_t(size.h));
+        p.hr = memory.template take<T>(size_t(size.hr));
+      }
+      one.packed = p;
+      if (task) task[i] = one;
+    }
+  };
+  ScratchSize needed;
+  lay_out(needed);
+  Scratch scratch(needed.bytes());
+  lay_out(scratch);
+  for (int64_t u = 0; u < max64(s.H, s.P); ++u) zero[u] = 0;
+  loop.zero = zero;
+
+  // Group `unit` of task i's direction; panels of the projection come after the groups.
+  const int64_t pieces = size.groups + (projected ? hr_panels : 0);
+  auto pack = [&](int64_t i, int64_t piece) {
+    PackedForward<T>& p = task[i].packed;
+    const RecurrentWeights<T>& w = a.weights[i % s.D];
+    if (piece < size.groups) {
+      pack_forward<L>(w, s, piece, p);
+    } else {
+      const int64_t panel = piece - size.groups;
+      pack_rows(w.w_hr, s.P, s.H, panel, p.hr + panel * kPanel<T> * s.H);
+    }
+  };
+  if (!own) {
+    const bool worth = tasks > 1 && s.H * (s.I + s.P) > (1 << 14);
+    run_tasks(worth ? threads : Threads{1, nullptr}, s.D * pieces,
+              [&](int64_t i) { pack(i / pieces, i % pieces); });
+  }
+  if (a.c_n) {
+    for (int64_t i = 0; i < s.D * s.B * s.H; ++i) a.c_n[i] = a.c0 ? a.c0[i] : T(0);
+  }
+
+  auto share_of = [&](int64_t i) {
+    const int64_t part = i / s.D;
+    Share share{int(i % s.D), 0, s.B, 0, size.groups};
+    if (plan.by_units) {
+      share.g0 = part * plan.chunk;
+      share.g1 = min64(share.g0 + plan.chunk, size.groups);
+    } else {
+      share.b0 = part * plan.chunk;
+      share.b1 = min64(share.b0 + plan.chunk, s.B);
+    }
+    return share;
+  };
+  auto multiply_ahead = [&](const Share& share, int64_t step, ForwardTask<T>& mine) {
+    const int64_t end = min64(step + ahead, s.T);
+    if (!shared_ahead) {
+      loop.multiply_ahead(share, step, end, step, end, mine.packed, mine.ahead);
+      return;
+    }
+    const int64_t parts = min64(4 * threads.count, end - step), each = ceil_div(end - step, parts);
+    run_tasks(threads, parts, [&](int64_t part) {
+      const int64_t s0 = min64(step + part * each, end), s1 = min64(s0 + each, end);
+      loop.multiply_ahead(share, step, end, s0, s1, mine.packed, mine.ahead);
+    });
+  };
+  const int phases = projected ? 2 : 1;
+  auto run_step = [&](int64_t i, int64_t step, int phase) {
+    const Share share = share_of(i);
+    if (phase == 1) {
+      // By units, the panels are dealt out like the groups.
+      const int64_t parts = plan.by_units ? plan.tasks : 1, part = plan.by_units ? i / s.D : 0;
+      const int64_t each = ceil_div(hr_panels, parts), p0 = min64(part * each, hr_panels);
+      loop.project(share, step, p0, min64(p0 + each, hr_panels), task[i]);
+      return;
+    }
+    if (ahead && step % ahead == 0) multiply_ahead(share, step, task[i]);
+    loop.cells(share, step, task[i]);
+  };
+  if (plan.by_units) {
+    Steps steps(s.T * phases, int(tasks));
+    run_tasks(threads, tasks, [&](int64_t first) {
+      steps.work(int(first), [&](int64_t step, int share) {
+        run_step(share, step / phases, int(step % phases));
+      });
+    });
+  } else {
+    run_tasks(threads, tasks, [&](int64_t i) {
+      for (int64_t piece = 0; own && piece < pieces; ++piece) pack(i, piece);
+      for (int64_t step = 0; step < s.T; ++step) {
+        for (int phase = 0; phase < phases; ++phase) run_step(i, step, phase);
+      }
+    });
+  }
+
+  for (int d = 0; d < s.D; ++d) {
+    const Walk walk{s, d == 1};
+    for (int64_t b = 0; b < s.B; ++b) {
+      const int64_t last = walk.last(b), state = d * s.B + s.sequence(b);
+      const bool cut = walk.cut_at_end(a.resets, b);
+      const T* from = cut         ? zero
+                      : last >= 0 ? a.y.at(s, last, b) + d * s.P
+                                  : loop.initial_h(d, b);
+      for (int64_t u = 0; u < s.P; ++u) a.h_n[state * s.P + u] = from[u];
+      for (int64_t u = 0; u < s.H && cut && a.c_n; ++u) a.c_n[state * s.H + u] = 0;
+    }
+  }
+}

@@ -1,0 +1,120 @@
+// What the two passes over a recurrent layer share: how a cell's sums lie in registers, where rows
+// are, and how work is split.
+//
+// Work is split among threads by sequences, which need nothing from each other, or, where there are
+// few sequences or the weights outgrow a core's cache, by units with a meeting at every step.
+
+// How the sums of a cell with so many gates lie in register tiles. A group is the vectors of units
+// worked on at once, with all their gates; its columns (one a gate and vector of units) are cut
+// into panels.
+template <int Gates, int Apart>
+struct Layout {
+  static constexpr int kGates = Gates, kApart = Apart;
+  static constexpr int kSums = Gates + (Apart >= 0 ? 1 : 0);
+  static constexpr int kUnits = Gates == 1 ? 2 : 1;  // vectors of units a group
+  static constexpr int kColumns = Gates * kUnits;
+  static constexpr int kWide = Gates == 3 ? 3 : 2;  // columns a panel
+  static constexpr int kPanels = kColumns / kWide;
+  static constexpr int kRows = tile_rows(kWide);
+  // Groups that so many rows take together: sums enough (eight) to hide the latency of an FMA.
+  static constexpr int groups(int rows) {
+    int n = 1;
+    while (rows * n * kColumns < 8 && n < 4) ++n;
+    return n;
+  }
+  static constexpr int kOut = kSums * kUnits;  // vectors a row and group that a tile leaves
+};
+template <class Cell>
+using LayoutOf = Layout<Cell::kGates, Cell::kApart>;
+
+// A direction's walk over the sequence.
+struct Walk {
+  const RecurrentShape& s;
+  bool reverse;
+
+  int64_t time(int64_t step) const { return reverse ? s.T - 1 - step : step; }
+  int64_t before(int64_t t) const { return reverse ? t + 1 : t - 1; }
+  int64_t after(int64_t t) const { return reverse ? t - 1 : t + 1; }
+  // Whether row b has a step before t.
+  bool follows(int64_t t, int64_t b) const { return b < s.rows_at(before(t)); }
+  // The first and the last step of row b on this walk, -1 if it has none.
+  int64_t first(int64_t b) const { return reverse ? end(b) : begin(b); }
+  int64_t last(int64_t b) const { return reverse ? begin(b) : end(b); }
+  int64_t begin(int64_t b) const { return b < s.rows_at(0) ? 0 : -1; }
+  int64_t end(int64_t b) const {
+    int64_t t = s.T - 1;
+    while (t >= 0 && s.rows[t] <= b) --t;
+    return t;
+  }
+  // Whether the state that enters step t of row b is zero, whatever came before. A reset stands at
+  // the later of two steps, in time, for both directions.
+  bool cut(const TokenRows<const uint8_t>& resets, int64_t t, int64_t b) const {
+    if (!resets.base) return false;
+    if (!reverse) return *resets.at(s, t, b);
+    return follows(t, b) && *resets.at(s, t + 1, b);
+  }
+  // Whether the final state of row b is zero: in reverse it is handed on across a reset at step 0.
+  bool cut_at_end(const TokenRows<const uint8_t>& resets, int64_t b) const {
+    return resets.base && reverse && begin(b) == 0 && *resets.at(s, 0, b);
+  }
+};
+
+// How a loop over steps is shared out.
+struct Plan {
+  bool by_units;
+  int tasks;      // a direction
+  int64_t chunk;  // sequences, or groups of units, a task
+};
+
+// `weights`: multiply-adds a token; `groups`: what units are split into.
+inline Plan plan_steps(const RecurrentShape& s, int64_t weights, int64_t groups, int bytes,
+                       int threads) {
+  // Below this many multiply-adds in all, handing out work costs more than it saves.
+  constexpr int64_t kWorthSharing = int64_t(1) << 18;
+  if (threads <= 1 || weights * s.tokens * s.D < kWorthSharing) return {false, 1, s.B};
+  const int64_t each = ceil_div(threads, s.D);
+  // Half of a 1 MiB second-level cache: beyond, every step would stream the weights from memory
+  // once a thread.
+  constexpr int64_t kCache = int64_t(512) << 10;
+  // A step smaller than this is over before two threads have met.
+  constexpr int64_t kWorthMeeting = int64_t(1) << 16;
+  const int64_t by_rows = min64(each, s.B);
+  const bool fits = weights * bytes <= kCache;
+  const bool balanced = by_rows == each && s.B >= 4 * by_rows;
+  if ((!fits || !balanced) && weights * s.B >= kWorthMeeting && groups > 1 &&
+      each * s.D <= Steps::kMaxShares) {
+    const int64_t chunk = ceil_div(groups, min64(each, groups));
+    return {true, int(ceil_div(groups, chunk)), chunk};
+  }
+  const int64_t chunk = ceil_div(s.B, max64(by_rows, 1));
+  return {false, int(max64(1, ceil_div(s.B, max64(chunk, 1)))), max64(chunk, 1)};
+}
+
+// Weights smaller than this are packed by every task for itself: the copy is made sooner than the
+// lines another core has just written are fetched from it.
+constexpr int64_t kOwnCopy = int64_t(64) << 10;
+
+// What the tile of this order should fetch: half of the panel after `panel`, or nothing new.
+template <class T>
+FASTSEQ_INLINE const T* fetch_soon(const T* panel, int64_t panel_size, int order) {
+  return order < 2 ? panel + panel_size + order * (panel_size / 2) : nullptr;
+}
+
+// A vector of units of one row (V a vector) or of two: V is Two, the second at q.
+template <class T>
+FASTSEQ_INLINE void load_pair(Vec<T>& v, const T* p, const T*, int lanes) {
+  v = load(p, lanes);
+}
+template <class T>
+FASTSEQ_INLINE void load_pair(Two<T>& v, const T* p, const T* q, int lanes) {
+  v = {load(p, lanes), load(q, lanes)};
+}
+template <class T>
+FASTSEQ_INLINE void store_pair(T* p, T*, Vec<T> v, int lanes) {
+  store(p, v, lanes);
+}
+template <class T>
+FASTSEQ_INLINE void store_pair(T* p, T* q, Two<T> v, int lanes) {
+  store(p, v.a, lanes);
+  store(q, v.b, lanes);
+}

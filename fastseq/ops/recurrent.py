@@ -1,0 +1,243 @@
+"""``fastseq::recurrent_fwd`` and ``fastseq::recurrent_bwd``: one recurrent layer, a whole sequence.
+
+The schemas and CPU kernels are in csrc/ops/recurrent.cpp; here are shapes (for tracing) and autograd.
+``cell`` is a number: ``CELLS[name].number``. x [T, B, I], or packed [N, I] with ``batch_sizes``
+[T]; h0 [D, B, P] and c0 [D, B, H], None for zeros unless packed; ``weights`` of each direction in
+turn: w_ih [G*H, I], w_hh [G*H, P], with ``has_biases`` b_ih and b_hh [G*H], the cell's own
+parameters [.., H], w_hr [P, H] where h is projected; gate blocks in torch's order. ``lengths`` [B],
+``resets`` [T, B] and ``masks`` (the zoneout of each direction, [T, B, H] each) as in
+:func:`fastseq.reference.rnn.layer`.
+
+Forward returns [y, h_n, c_n (cells with two states), saved (with ``save``)]; backward returns
+[dx (need_dx), dh0, dc0 (need_dh0; cells with two states), then for each direction the gradients of
+its weights, biases where need_db, all others where need_dw].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastseq import _native
+from fastseq.reference.rnn import layer
+
+__all__ = ["CELLS", "Settings", "recurrent_bwd", "recurrent_fwd", "run"]
+
+CELLS = _native.cells() if _native.loaded() else {}
+_BY_NUMBER = {cell.number: cell for cell in CELLS.values()}
+
+
+class Settings(NamedTuple):
+    """What an op takes beside x, the states and the weights."""
+
+    cell: int
+    has_biases: bool
+    directions: int
+    batch_sizes: Tensor | None = None
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+    masks: tuple[Tensor, ...] = ()
+
+
+def run(settings: Settings, x, h0, c0, weights) -> list[Tensor]:
+    """y, h_n and, of cells with two states, c_n; differentiable. Straight to the kernel: what
+    :func:`recurrent_fwd` does less the dispatcher's way to autograd, which costs as much as a small
+    layer."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, *weights):
+        return _apply(settings, x, h0, c0, *weights)
+    cell, has_biases, directions, *rest = settings
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(cell, x, h0, c0, weights, has_biases, directions, *rest, False)
+
+
+def _fwd_fake(
+    cell,
+    x,
+    h0,
+    c0,
+    weights,
+    has_biases,
+    directions,
+    batch_sizes,
+    lengths,
+    resets,
+    masks,
+    save,
+):
+    kind, D = _BY_NUMBER[cell], directions
+    P, H = weights[1].shape[1], weights[0].shape[0] // kind.gates
+    B = x.shape[1] if batch_sizes is None else h0.shape[1]
+    tokens = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
+    out = [x.new_empty(*x.shape[:-1], D * P), x.new_empty(D, B, P)]
+    if kind.states == 2:
+        out.append(x.new_empty(D, B, H))
+    if save:
+        projected = len(weights) // D == 3 + 2 * has_biases + bool(kind.params)
+        out.append(x.new_empty(D, tokens, kind.saved * H + (P if projected else 0)))
+    return out
+
+
+def _bwd_fake(
+    cell,
+    dy,
+    dh_n,
+    dc_n,
+    x,
+    h0,
+    c0,
+    weights,
+    has_biases,
+    directions,
+    batch_sizes,
+    lengths,
+    resets,
+    masks,
+    saved,
+    need_dx,
+    need_dw,
+    need_db,
+    need_dh0,
+):
+    kind, D = _BY_NUMBER[cell], directions
+    P, H = weights[1].shape[1], weights[0].shape[0] // kind.gates
+    B = x.shape[1] if batch_sizes is None else h0.shape[1]
+    out = [x.new_empty(x.shape)] if need_dx else []
+    if need_dh0:
+        out.append(x.new_empty(D, B, P))
+        if kind.states == 2:
+            out.append(x.new_empty(D, B, H))
+    for i, weight in enumerate(weights):
+        if need_db if _is_bias(i, len(weights) // D, has_biases) else need_dw:
+            out.append(x.new_empty(weight.shape))
+    return out
+
+
+def _is_bias(i: int, per_direction: int, has_biases: bool) -> bool:
+    return has_biases and i % per_direction in (2, 3)
+
+
+class _Recurrent(torch.autograd.Function):
+    """Autograd of the op. torch.library.register_autograd would do the same and, filling in schema
+    defaults at every call, cost more than the rest of a small layer."""
+
+    @staticmethod
+    def forward(ctx, settings, x, h0, c0, *weights):
+        cell, has_biases, directions, *rest = settings
+        with torch._C._AutoDispatchBelowAutograd():
+            out = _forward(cell, x, h0, c0, weights, has_biases, directions, *rest, True)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out.pop(), x, h0, c0, *weights)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n=None):
+        settings = ctx.settings
+        saved, x, h0, c0, *weights = ctx.saved_tensors
+        _, need_dx, need_h0, need_c0, *need = ctx.needs_input_grad
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * (4 + len(weights))
+        if torch.is_grad_enabled():
+            return _backward_twice(ctx, (x, h0, c0, *weights), (dy, dh_n, dc_n))
+        cell, has_biases, directions, *rest = settings
+        all_wanted = all(need)
+        biases = [_is_bias(i, len(need) // directions, has_biases) for i in range(len(need))]
+        need_dw = all_wanted or any(n and not b for n, b in zip(need, biases, strict=True))
+        need_db = has_biases and (all_wanted or any(map(bool.__and__, need, biases)))
+        need_dh0 = need_h0 or need_c0
+        grads = _backward(
+            cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, *rest, saved,
+            need_dx, need_dw, need_db, need_dh0,
+        )  # fmt: skip
+        if need_dx and all_wanted and not need_dh0:
+            dx, *dw = grads
+            return None, dx, None, None, *dw
+        found = iter(grads)
+        dx = next(found) if need_dx else None
+        dh0 = next(found) if need_dh0 else None
+        dc0 = next(found) if need_dh0 and _BY_NUMBER[cell].states == 2 else None
+        dw = [next(found) if (need_db if b else need_dw) else None for b in biases]
+        states = (dh0 if need_h0 else None, dc0 if need_c0 else None)
+        return None, dx, *states, *(g if n else None for g, n in zip(dw, need, strict=True))
+
+
+# Function.apply less its search for torch.func transforms: under one, torch's own code runs.
+_apply = super(torch.autograd.Function, _Recurrent).apply
+
+
+def _fwd_autograd(cell, x, h0, c0, weights, has_biases, directions, *rest):
+    """What the registered op does at the autograd key."""
+    *rest, save = rest
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, *weights):
+        if not save:
+            raise RuntimeError(
+                "fastseq.recurrent_fwd: expected save=True for inputs that require grad"
+            )
+        out = _apply(Settings(cell, has_biases, directions, *rest), x, h0, c0, *weights)
+        return [*out, out[0].grad_fn.saved_tensors[0]]
+    with torch._C._AutoDispatchBelowAutograd():
+        return recurrent_fwd(cell, x, h0, c0, weights, has_biases, directions, *rest, save)
+
+
+def _backward_twice(ctx, inputs, cotangents):
+    """The same gradients, themselves differentiable: by autograd through the reference."""
+    settings, need = ctx.settings, ctx.needs_input_grad[1:]
+    # Views of their own: gradients must stop at this call's inputs, which may share a past.
+    inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
+    x, h0, c0, *weights = inputs
+    kind, D = _BY_NUMBER[settings.cell], settings.directions
+    P, H = weights[1].shape[1], weights[0].shape[0] // kind.gates
+    rows = x.shape[1] if settings.batch_sizes is None else h0.shape[1]
+    initial = [x.new_zeros(D, rows, P) if h0 is None else h0]
+    if kind.states == 2:
+        initial.append(x.new_zeros(D, rows, H) if c0 is None else c0)
+    sizes = None if settings.batch_sizes is None else settings.batch_sizes.tolist()
+    per = len(weights) // D
+    sides = []
+    for d in range(D):
+        side = weights[d * per : (d + 1) * per]
+        if not settings.has_biases:
+            side[2:2] = [None, None]
+        sides.append(
+            layer(
+                kind.reference,
+                x,
+                [state[d] for state in initial],
+                side,
+                reverse=d == 1,
+                batch_sizes=sizes,
+                lengths=settings.lengths,
+                resets=settings.resets,
+                zoneout=settings.masks[d * kind.masks : (d + 1) * kind.masks] or None,
+            )
+        )
+    y, *finals = zip(*sides, strict=True)
+    outputs = (torch.cat(y, -1), *(torch.stack(states) for states in finals))
+    pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=False) if g is not None]
+    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and need[i]]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs],
+        [inputs[i] for i in wanted],
+        [g for _, g in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    grads = [None] * len(inputs)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return None, *grads
+
+
+if _native.loaded():
+    recurrent_fwd = torch.ops.fastseq.recurrent_fwd.default
+    recurrent_bwd = torch.ops.fastseq.recurrent_bwd.default
+    # The ops themselves, less a Python frame.
+    _forward, _backward = recurrent_fwd._op, recurrent_bwd._op
+    torch.library.register_fake("fastseq::recurrent_fwd")(_fwd_fake)
+    torch.library.register_fake("fastseq::recurrent_bwd")(_bwd_fake)
+    _library = torch.library.Library("fastseq", "IMPL")
+    _library.impl("recurrent_fwd", _fwd_autograd, "Autograd")
+else:
+    recurrent_fwd = recurrent_bwd = _forward = _backward = None
