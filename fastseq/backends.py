@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
+from fastseq.ops.recurrent import CELLS
 
-__all__ = ["Explanation", "lstm_obstacle", "use_backend"]
+__all__ = ["Explanation", "recurrent_obstacle", "use_backend"]
 
 BACKENDS = ("auto", "cpu", "torch")
 _forced: ContextVar[str] = ContextVar("fastseq_backend", default="auto")
 
-_KERNEL_DTYPES = frozenset({torch.float32, torch.float64})
+_KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _FORCED_TORCH = "use_backend('torch') is in force"
 
 
@@ -62,8 +63,8 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def lstm_obstacle(x: Tensor, params: Sequence[Tensor], proj_size: int = 0) -> str | None:
-    """Why fastseq's LSTM kernel can't run on x [..., I] with these weights; None where it can.
+def recurrent_obstacle(cell: str, x: Tensor, params: Sequence[Tensor]) -> str | None:
+    """Why no kernel can run a cell on x [..., I] with these weights; None where one can.
 
     Raises:
         RuntimeError: it can't, and use_backend("cpu") is in force.
@@ -72,30 +73,30 @@ def lstm_obstacle(x: Tensor, params: Sequence[Tensor], proj_size: int = 0) -> st
     forced = "auto" if torch.compiler.is_compiling() else _forced.get()
     if forced == "torch":
         return _FORCED_TORCH
-    obstacle = _lstm_obstacle(x, params, proj_size)
+    obstacle = _recurrent_obstacle(cell, x, params)
     if obstacle is not None and forced == "cpu":
         raise RuntimeError(
-            f"fastseq.lstm: expected a call the cpu backend can run, got: {obstacle}"
+            f"fastseq.{cell}: expected a call the cpu backend can run, got: {obstacle}"
         )
     return obstacle
 
 
-def _lstm_obstacle(x: Tensor, params: Sequence[Tensor], proj_size: int) -> str | None:
+def _recurrent_obstacle(cell: str, x: Tensor, params: Sequence[Tensor]) -> str | None:
     if not _native.loaded():
         return _native.why_not_loaded()
+    if cell not in CELLS:
+        return f"no kernel for {cell} yet"
     if not x.is_cpu:
         return f"no kernel for {x.device.type} tensors yet"
     if x.dtype not in _KERNEL_DTYPES:
-        return f"no kernel for {x.dtype} yet; float32 and float64 have one"
-    if proj_size:
-        return "no kernel for proj_size yet"
+        return f"no kernel for {x.dtype}"
     # The op itself refuses weights that differ among themselves.
-    if params[0].dtype is not x.dtype or not params[0].is_cpu:
-        return "input and weights differ in dtype or device"
+    if not params[0].is_cpu:
+        return "input and weights differ in device"
+    if params[0].dtype is not x.dtype and not torch.is_autocast_enabled("cpu"):
+        return "input and weights differ in dtype"
     if torch.compiler.is_compiling():
         return None
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on, and no kernel runs in its dtype yet"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records torch's own operators"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -108,10 +109,16 @@ def _lstm_obstacle(x: Tensor, params: Sequence[Tensor], proj_size: int) -> str |
     return None
 
 
-def lstm_explanation(x: Tensor, params: Sequence[Tensor], proj_size: int = 0) -> Explanation:
-    """What :func:`lstm_obstacle` finds, in words."""
+def autocast_dtype(cell: str, x: Tensor, packed: bool) -> torch.dtype:
+    """What torch's own layer returns under autocast on the CPU, given x."""
+    lowered = cell.startswith("rnn") or ("lstm" in cell and not packed)
+    return torch.get_autocast_dtype("cpu") if lowered else x.dtype
+
+
+def recurrent_explanation(cell: str, x: Tensor, params: Sequence[Tensor]) -> Explanation:
+    """What :func:`recurrent_obstacle` finds, in words."""
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
-    obstacle = obstacle or _lstm_obstacle(x, params, proj_size)
+    obstacle = obstacle or _recurrent_obstacle(cell, x, params)
     if obstacle is not None:
-        return Explanation("lstm", "torch", obstacle)
-    return Explanation("lstm", "cpu", f"the {_native.isa()} kernel ({_native.isa_reason()})")
+        return Explanation(cell, "torch", obstacle)
+    return Explanation(cell, "cpu", f"the {_native.isa()} kernel ({_native.isa_reason()})")

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq import backends, functional, nn
+from fastseq import backends, functional
 from fastseq.backends import Explanation
+from fastseq.nn.rnn import _FastLayer
+from fastseq.nn.cells import _FastCell
 
 __all__ = ["explain"]
+
+ACCELERATED = (_FastLayer, _FastCell)
 
 
 def explain(target: Callable | torch.nn.Module, *args, **kwargs) -> Explanation:
@@ -28,25 +32,25 @@ def explain(target: Callable | torch.nn.Module, *args, **kwargs) -> Explanation:
     Raises:
         TypeError: ``target`` is neither.
     """
-    if isinstance(target, nn.LSTM):
-        return _explain_lstm_module(target, *args, **kwargs)
+    if isinstance(target, ACCELERATED):
+        return _explain_module(target, *args, **kwargs)
     if isinstance(target, torch.nn.Module):
         name = type(target).__name__
         return Explanation(name, "torch", "not one of fastseq's modules")
-    if target is functional.lstm:
-        return _explain_lstm(*args, **kwargs)
+    if getattr(functional, getattr(target, "__name__", ""), None) is target:
+        return _explain_function(target.__name__, *args, **kwargs)
     raise TypeError(
         f"fastseq.explain: expected a module or a function of fastseq.functional, got {target!r}"
     )
 
 
-def _explain_lstm_module(module, input=None, hx=None) -> Explanation:
+def _explain_module(module, input=None, hx=None, **keywords) -> Explanation:
     weights = [w for w in module._weights_now() or () if w is not None]
     x = input.data if isinstance(input, PackedSequence) else input
-    return backends.lstm_explanation(
-        x if isinstance(x, Tensor) else weights[0], weights, module.proj_size
+    return backends.recurrent_explanation(
+        module.cell_name, x if isinstance(x, Tensor) else weights[0], weights
     )
 
 
-def _explain_lstm(input, hx=None, params=(), *args, **kwargs) -> Explanation:
-    return backends.lstm_explanation(input, params)
+def _explain_function(name, input, hx=None, params=(), *args, **kwargs) -> Explanation:
+    return backends.recurrent_explanation(name, input, params)

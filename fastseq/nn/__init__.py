@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch.nn as _torch_nn
 
-from fastseq.nn.rnn import LSTM as LSTM
+from fastseq.nn import cells as _cells
+from fastseq.nn import rnn as _rnn
 
-ACCELERATED = ("LSTM",)
+ACCELERATED = (*_rnn.__all__, *_cells.__all__)
+globals().update({name: getattr(home, name) for home in (_rnn, _cells) for name in home.__all__})
 
 
 def __getattr__(name: str):
@@ -21,4 +23,4 @@ def __dir__() -> list[str]:
     return sorted({*dir(_torch_nn), *globals()})
 
 
-__all__ = [name for name in dir(_torch_nn) if not name.startswith("_")]
+__all__ = sorted({*ACCELERATED, *(name for name in dir(_torch_nn) if not name.startswith("_"))})

@@ -2,56 +2,64 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq import backends
-from fastseq.functional import lstm_kernel
+from fastseq import backends, functional
+from fastseq.functional._checks import check_zoneout
+from fastseq.functional.rnn import stack
+from fastseq.reference.rnn import CELLS
 
-__all__ = ["LSTM"]
+__all__ = ["GRU", "LSTM", "RNN", "LayerNormLSTM", "PeepholeLSTM"]
 
 
-class LSTM(torch.nn.LSTM):
-    """:class:`torch.nn.LSTM` on fastseq's kernels.
+class _FastLayer:
+    """The forward pass all layers share; comes before a torch.nn layer among a class's bases."""
 
-    Constructor, parameters, initialisation, state_dict, shapes, errors and random streams are
-    those of torch.nn.LSTM, of which this is a subclass. What no kernel serves (see
-    :func:`fastseq.explain`) and whatever torch would refuse runs in torch's own code.
-    """
+    zoneout: tuple[float, float] = (0.0, 0.0)
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | tuple[Tensor, Tensor] | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]:
         """Run the layer.
 
         Args:
             input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
-            hx: (h_0, c_0), each [L*D, B, H] ([L*D, H] unbatched); zeros where absent.
+            hx: the initial state, h_0 [L*D, B, P] or, of an LSTM, the pair of it and c_0
+                [L*D, B, H] (unbatched, without B); zeros where absent.
+            lengths: int64 [B], steps of each row, in place of packing: what input holds beyond them
+                is never read, the output is zero there.
+            resets: bool [T, B] ([B, T] with batch_first, [T] unbatched, [N] for packed rows in
+                their order): where True, the state that enters the step is zero.
 
         Returns:
-            output in the input's layout with D*H columns, and (h_n, c_n) shaped as hx.
+            output in the input's layout with D*P columns, and the final state shaped as hx.
         """
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
-        if not isinstance(x, Tensor):
-            return super().forward(input, hx)
-        weights = self._weights_now()
-        if weights is None or backends.lstm_obstacle(x, weights, self.proj_size) is not None:
-            return super().forward(input, hx)
-        unbatched = x.dim() == 2 and not packed
-        batch_sizes = input.batch_sizes if packed else None
+        more = lengths is not None or resets is not None or any(self.zoneout)
+        weights = self._weights_now() if isinstance(x, Tensor) else None
+        unbatched = weights is not None and x.dim() == 2 and not packed
         batch_first = self.batch_first and not unbatched
+        batch_sizes = input.batch_sizes if packed else None
         state = hx
         if unbatched:
             x = x.unsqueeze(1)
-            if hx is not None:
-                state = _unsqueeze_states(hx)
-        if not self._serves(x, state, batch_sizes, batch_first):
+            state = _with_batch(hx)
+            resets = resets if resets is None else resets.unsqueeze(1)
+        serves = weights is not None and self._serves(x, state, batch_sizes, batch_first)
+        if not more and self._is_torchs and not serves:
             return super().forward(input, hx)
         if packed and state is not None:
             state = self.permute_hidden(state, input.sorted_indices)
-        output, h_n, c_n = lstm_kernel(
+        call = (
             x,
             state,
             weights,
@@ -63,23 +71,44 @@ class LSTM(torch.nn.LSTM):
             batch_first,
             batch_sizes,
         )
+        if not more and serves:
+            obstacle = backends.recurrent_obstacle(self.cell_name, x, weights)
+            if obstacle is not None and self._is_torchs:
+                return super().forward(input, hx)
+            output, *state = stack(self.cell_name, *call, kernel=obstacle is None)
+        else:
+            zoneout = {"zoneout": self.zoneout} if any(self.zoneout) else {}
+            function = getattr(functional, self.cell_name)
+            output, *state = function(*call, lengths=lengths, resets=resets, **zoneout)
         if unbatched:
-            return output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
+            output, state = output.squeeze(1), [s.squeeze(1) for s in state]
+        state = state[0] if len(state) == 1 else tuple(state)
         if packed:
             output = PackedSequence(
                 output, batch_sizes, input.sorted_indices, input.unsorted_indices
             )
-            return output, self.permute_hidden((h_n, c_n), input.unsorted_indices)
-        return output, (h_n, c_n)
+            state = self.permute_hidden(state, input.unsorted_indices)
+        return output, state
+
+    @property
+    def cell_name(self) -> str:
+        """Of the cell, a key of fastseq.reference.rnn.CELLS."""
+        return self._cell
+
+    # Whether torch has the same layer, to fall back on and to find the words for bad input.
+    _is_torchs = True
 
     def _weights_now(self) -> list[Tensor] | None:
         """The weights as they stand, in torch's flat order; None where one is missing."""
         params = self._parameters
-        weights = [params.get(name) for name in self._flat_weights_names]
+        weights = [params.get(name) for name in self._weight_names()]
         if any(w is None for w in weights):
             # Weight norm, pruning and parametrizations put plain attributes in their place.
-            weights = [getattr(self, name, None) for name in self._flat_weights_names]
+            weights = [getattr(self, name, None) for name in self._weight_names()]
         return None if any(w is None for w in weights) else weights
+
+    def _weight_names(self) -> list[str]:
+        return self._flat_weights_names
 
     def _serves(self, x, hx, batch_sizes, batch_first) -> bool:
         """Whether shapes and dtypes are as they should be; if not, torch has the words for it."""
@@ -87,22 +116,159 @@ class LSTM(torch.nn.LSTM):
             return False
         if hx is None:
             return True
-        if not isinstance(hx, tuple) or len(hx) != 2:
+        kind = CELLS[self.cell_name]
+        states = (hx,) if kind.states == 1 else hx
+        if not isinstance(states, tuple) or len(states) != kind.states:
             return False
         if batch_sizes is not None:
             batch = int(batch_sizes[0])
         else:
             batch = x.shape[0 if batch_first else 1]
         cells = self.num_layers * (2 if self.bidirectional else 1)
-        wanted = (cells, batch, self.hidden_size)
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)
         return all(
-            isinstance(t, Tensor) and t.shape == wanted and t.dtype is x.dtype and t.is_cpu
-            for t in hx
+            isinstance(t, Tensor)
+            and t.shape == (cells, batch, width)
+            and t.dtype is x.dtype
+            and t.device == x.device
+            for t, width in zip(states, widths, strict=False)
         )
 
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return f"{text}, zoneout={self.zoneout}" if any(self.zoneout) else text
 
-def _unsqueeze_states(hx):
-    """[L*D, H] states as [L*D, 1, H]; anything else as it is, for torch to refuse."""
+
+def _with_batch(hx):
+    """[L*D, H] states as [L*D, 1, H]; anything else as it is, to be refused."""
+    if isinstance(hx, Tensor) and hx.dim() == 2:
+        return hx.unsqueeze(1)
     if isinstance(hx, tuple) and all(isinstance(t, Tensor) and t.dim() == 2 for t in hx):
         return tuple(t.unsqueeze(1) for t in hx)
-    return False
+    return None if hx is None else False
+
+
+class LSTM(_FastLayer, torch.nn.LSTM):
+    """:class:`torch.nn.LSTM` on fastseq's kernels.
+
+    Constructor, parameters, initialisation, state_dict, shapes, errors and random streams are
+    those of torch.nn.LSTM, of which this is a subclass. What no kernel serves (see
+    :func:`fastseq.explain`) and whatever torch would refuse runs in torch's own code.
+
+    Args:
+        zoneout: beyond torch's arguments: probability that an element of the states keeps its
+            value of the step before, one for h and c or a pair; see
+            :func:`fastseq.functional.lstm`.
+    """
+
+    _cell = "lstm"
+
+    def __init__(self, *args, zoneout: float | tuple[float, float] = 0.0, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.zoneout = check_zoneout("lstm", zoneout)
+
+
+class GRU(_FastLayer, torch.nn.GRU):
+    """:class:`torch.nn.GRU` on fastseq's kernels; see :class:`LSTM`.
+
+    Args:
+        zoneout: beyond torch's arguments: probability that an element of h keeps its value of the
+            step before.
+    """
+
+    _cell = "gru"
+
+    def __init__(self, *args, zoneout: float = 0.0, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.zoneout = check_zoneout("gru", zoneout)
+
+
+class RNN(_FastLayer, torch.nn.RNN):
+    """:class:`torch.nn.RNN`, tanh or relu, on fastseq's kernels; see :class:`LSTM`."""
+
+    @property
+    def cell_name(self) -> str:
+        return f"rnn_{self.nonlinearity}"
+
+
+class _OwnLSTM(_FastLayer, torch.nn.RNNBase):
+    """An LSTM with weights beyond torch's, named in the reference's table of cells."""
+
+    _is_torchs = False
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        sides = ("", "_reverse")[: 2 if bidirectional else 1]
+        torchs, per_side = self._flat_weights_names, 4 if bias else 2
+        self._own_names = []
+        for i, side in enumerate(f"_l{layer}{d}" for layer in range(num_layers) for d in sides):
+            self._own_names += torchs[i * per_side : (i + 1) * per_side]
+            for kind, shape in CELLS[self._cell].extras.items():
+                weight = torch.empty(shape(hidden_size), device=device, dtype=dtype)
+                setattr(self, kind + side, torch.nn.Parameter(weight))
+                self._own_names.append(kind + side)
+        self.reset_parameters()
+
+    def _weight_names(self) -> list[str]:
+        return self._own_names
+
+    def reset_parameters(self) -> None:
+        """Everything uniform in +-1/sqrt(H), as torch's; gains are 1."""
+        bound = 1 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
+        for name, weight in self.named_parameters():
+            if name.startswith("weight_ln"):
+                torch.nn.init.ones_(weight)
+            else:
+                torch.nn.init.uniform_(weight, -bound, bound)
+
+    def permute_hidden(self, hx, permutation):
+        if permutation is None:
+            return hx
+        return tuple(state.index_select(1, permutation) for state in hx)
+
+
+class PeepholeLSTM(_OwnLSTM):
+    """An LSTM whose gates see the cell state, with torch.nn.LSTM's constructor, projection aside.
+
+    Beside torch's parameters it has ``weight_peephole_l0`` [3, H], rows for i, f, o, and so on for
+    each layer and direction.
+
+    Source: Gers and Schmidhuber 2000; Graves 2013, equations 7 to 11.
+    """
+
+    _cell = "peephole_lstm"
+
+
+class LayerNormLSTM(_OwnLSTM):
+    """An LSTM that normalises its sums and its cell state, with torch.nn.LSTM's constructor,
+    projection aside.
+
+    Beside torch's parameters it has ``weight_ln_ih_l0`` and ``weight_ln_hh_l0`` [4H],
+    ``weight_ln_c_l0`` and ``bias_ln_c_l0`` [H], and so on for each layer and direction.
+
+    Source: Ba, Kiros and Hinton 2016, equations 20 to 22.
+    """
+
+    _cell = "layer_norm_lstm"

@@ -68,6 +68,47 @@ FASTSEQ_INLINE void multiply_chain(int64_t k0, int64_t k1, const A& a, const T* 
   }
 }
 
+// The same for two chains side by side, [k0, k1) to acc and [k1, k2) to other, k1 - k0 >= k2 - k1: few
+// sums alone leave the units waiting for each other's FMA.
+template <class T, int Rows, int Vectors, int Panels, class A>
+FASTSEQ_INLINE void multiply_two_chains(int64_t k0, int64_t k1, int64_t k2, const A& a,
+                                        const T* panel, int64_t panel_stride,
+                                        Vec<T> (&acc)[Rows][Panels * Vectors],
+                                        Vec<T> (&other)[Rows][Panels * Vectors]) {
+  const int64_t both = k2 - k1;
+  for (int64_t k = k0; k < k0 + both; ++k) {
+#pragma GCC unroll 12
+    for (int m = 0; m < Rows; ++m) {
+      const Vec<T> a_1 = broadcast(a.at(m, k)), a_2 = broadcast(a.at(m, k - k0 + k1));
+#pragma GCC unroll 12
+      for (int v = 0; v < Panels * Vectors; ++v) {
+        const T* p = panel + (v / Vectors) * panel_stride + (v % Vectors) * kLanes<T>;
+        acc[m][v] = fma(a_1, load(p + k * Vectors * kLanes<T>), acc[m][v]);
+        other[m][v] = fma(a_2, load(p + (k - k0 + k1) * Vectors * kLanes<T>), other[m][v]);
+      }
+    }
+  }
+  multiply_chain<T, Rows, Vectors, Panels, false>(k0 + both, k1, a, panel, panel_stride, acc,
+                                                  nullptr);
+}
+
+// total (+)= sums, then sums = 0 for the next chain; or, after the last, sums += total.
+template <class T, int Rows, int Columns>
+FASTSEQ_INLINE void add_chain(bool first, bool last, T* total, Vec<T> (&sums)[Rows][Columns]) {
+#pragma GCC unroll 12
+  for (int m = 0; m < Rows; ++m) {
+#pragma GCC unroll 12
+    for (int v = 0; v < Columns; ++v) {
+      T* sum = total + (m * Columns + v) * kLanes<T>;
+      if (!first) sums[m][v] += load(sum);
+      if (!last) {
+        store(sum, sums[m][v]);
+        sums[m][v] = Vec<T>{};
+      }
+    }
+  }
+}
+
 // The same over all of [0, K), in chains of kChain.
 template <class T, int Rows, int Vectors, int Panels, bool Fetch, class A>
 FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64_t panel_stride,
@@ -76,23 +117,25 @@ FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64
     multiply_chain<T, Rows, Vectors, Panels, Fetch>(0, K, a, panel, panel_stride, acc, soon);
     return;
   }
-  constexpr int kSums = Rows * Panels * Vectors;
-  alignas(64) T total[kSums * kLanes<T>];
-  for (int64_t k0 = 0; k0 < K; k0 += kChain) {
+  alignas(64) T total[Rows * Panels * Vectors * kLanes<T>];
+  int64_t k0 = 0;
+  if constexpr (Rows * Panels * Vectors < 8) {
+    for (; k0 + kChain < K; k0 += 2 * kChain) {
+      const int64_t k1 = k0 + kChain, k2 = min64(k1 + kChain, K);
+      Vec<T> other[Rows][Panels * Vectors] = {};
+      multiply_two_chains<T, Rows, Vectors, Panels>(k0, k1, k2, a, panel, panel_stride, acc, other);
+      add_chain<T>(k0 == 0, false, total, acc);
+      add_chain<T>(false, false, total, other);
+    }
+    if (k0 >= K) {
+      add_chain<T>(false, true, total, acc);
+      return;
+    }
+  }
+  for (; k0 < K; k0 += kChain) {
     multiply_chain<T, Rows, Vectors, Panels, Fetch>(k0, min64(k0 + kChain, K), a, panel,
                                                     panel_stride, acc, soon);
-#pragma GCC unroll 12
-    for (int m = 0; m < Rows; ++m) {
-#pragma GCC unroll 12
-      for (int v = 0; v < Panels * Vectors; ++v) {
-        T* sum = total + (m * Panels * Vectors + v) * kLanes<T>;
-        if (k0 > 0) acc[m][v] += load(sum);
-        if (k0 + kChain < K) {
-          store(sum, acc[m][v]);
-          acc[m][v] = Vec<T>{};
-        }
-      }
-    }
+    add_chain<T>(k0 == 0, k0 + kChain >= K, total, acc);
   }
 }
 

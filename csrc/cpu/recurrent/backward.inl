@@ -21,7 +21,7 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
                              nullptr};
   const PanelProduct<T> by_hh{gates, s.P, nullptr}, by_hr{s.P, s.H, nullptr};
   const int64_t panels = by_hh.panels(), hr_panels = projected ? by_hr.panels() : 0;
-  const Plan plan = plan_steps(s, gates * s.P, panels, sizeof(T), threads.count);
+  const Plan plan = plan_steps(s, gates * s.P, gates * s.P, panels, sizeof(T), threads.count);
   const int64_t tasks = plan.tasks * s.D;
   const int64_t task_rows = plan.by_units ? s.B : min64(plan.chunk, s.B);
   const bool own = !plan.by_units && tasks > s.D && !projected &&

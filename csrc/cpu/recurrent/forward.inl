@@ -226,8 +226,9 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
   const bool projected = a.weights[0].w_hr != nullptr;
   const PackedSizes<L, T> size(s, projected);
   const int64_t hr_panels = ceil_div(s.P, kPanel<T>);
-  const Plan plan = plan_steps(s, (s.I + s.P) * L::kGates * s.H, size.groups, sizeof(T),
-                               threads.count);
+  const int64_t by_h = s.P * L::kGates * s.H, by_x = s.I * L::kGates * s.H;
+  const Plan plan = plan_steps(s, 2 * s.B <= L::kRows ? by_h : by_x + by_h, by_x + by_h, size.groups,
+                               sizeof(T), threads.count);
   const int64_t tasks = plan.tasks * s.D;
   const int64_t task_rows = plan.by_units ? s.B : min64(plan.chunk, s.B);
   const int64_t task_groups = plan.by_units ? plan.chunk : size.groups;
@@ -235,7 +236,7 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
   // threads, where the loop has use for one only.
   const bool few = task_rows > 0 && 2 * task_rows <= L::kRows && s.T > 1;
   const bool shared_ahead = few && tasks == 1 && threads.count > 1 &&
-                            s.tokens * s.I * L::kGates * s.H >= (int64_t(1) << 18);
+                            s.tokens * by_x >= (int64_t(1) << 18);
   const int64_t ahead_rows = shared_ahead ? 512 : 4 * L::kRows;
   const int64_t ahead = few ? min64(s.T, ceil_div(ahead_rows, task_rows)) : 0;
   const bool own = !plan.by_units && tasks > s.D &&

@@ -66,22 +66,23 @@ struct Plan {
   int64_t chunk;  // sequences, or groups of units, a task
 };
 
-// `weights`: multiply-adds a token; `groups`: what units are split into.
-inline Plan plan_steps(const RecurrentShape& s, int64_t weights, int64_t groups, int bytes,
-                       int threads) {
+// `weights`: what a step multiplies each row by; `all`: multiply-adds a token, those made ahead
+// included; `groups`: what units are split into.
+inline Plan plan_steps(const RecurrentShape& s, int64_t weights, int64_t all, int64_t groups,
+                       int bytes, int threads) {
   // Below this many multiply-adds in all, handing out work costs more than it saves.
   constexpr int64_t kWorthSharing = int64_t(1) << 18;
-  if (threads <= 1 || weights * s.tokens * s.D < kWorthSharing) return {false, 1, s.B};
+  if (threads <= 1 || all * s.tokens * s.D < kWorthSharing) return {false, 1, s.B};
   const int64_t each = ceil_div(threads, s.D);
   // Half of a 1 MiB second-level cache: beyond, every step would stream the weights from memory
   // once a thread.
   constexpr int64_t kCache = int64_t(512) << 10;
-  // A step smaller than this is over before two threads have met.
-  constexpr int64_t kWorthMeeting = int64_t(1) << 16;
+  // A share of a step smaller than this is over before two threads have met.
+  constexpr int64_t kWorthMeeting = int64_t(1) << 13;
   const int64_t by_rows = min64(each, s.B);
   const bool fits = weights * bytes <= kCache;
   const bool balanced = by_rows == each && s.B >= 4 * by_rows;
-  if ((!fits || !balanced) && weights * s.B >= kWorthMeeting && groups > 1 &&
+  if ((!fits || !balanced) && weights * s.B >= kWorthMeeting * each && groups > 1 &&
       each * s.D <= Steps::kMaxShares) {
     const int64_t chunk = ceil_div(groups, min64(each, groups));
     return {true, int(ceil_div(groups, chunk)), chunk};
@@ -94,10 +95,14 @@ inline Plan plan_steps(const RecurrentShape& s, int64_t weights, int64_t groups,
 // lines another core has just written are fetched from it.
 constexpr int64_t kOwnCopy = int64_t(64) << 10;
 
-// What the tile of this order should fetch: half of the panel after `panel`, or nothing new.
+// What the tile of this order should fetch: half of the panel after `panel`, or nothing new. Small
+// panels stay in the first-level cache as it is.
 template <class T>
 FASTSEQ_INLINE const T* fetch_soon(const T* panel, int64_t panel_size, int order) {
-  return order < 2 ? panel + panel_size + order * (panel_size / 2) : nullptr;
+  constexpr int64_t kStays = int64_t(8) << 10;
+  return order < 2 && panel_size * int64_t(sizeof(T)) > kStays
+             ? panel + panel_size + order * (panel_size / 2)
+             : nullptr;
 }
 
 // A vector of units of one row (V a vector) or of two: V is Two, the second at q.

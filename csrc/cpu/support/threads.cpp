@@ -12,17 +12,28 @@ inline void pause() {
 }
 }  // namespace
 
-void Steps::wait_for(int64_t done) {
-  // About ten microseconds of pauses; then the awaited thread has probably lost its core, and
-  // spinning on would keep it from getting another.
-  constexpr int kSpins = 400;
-  for (int spin = 0; __atomic_load_n(&done_.value, __ATOMIC_ACQUIRE) < done; ++spin) {
-    if (spin < kSpins) {
+int64_t Steps::begun() const {
+  int64_t step = steps_;
+  for (int share = 0; share < shares_; ++share) {
+    const int64_t done = __atomic_load_n(&done_[share].value, __ATOMIC_ACQUIRE);
+    if (done < step) step = done;
+  }
+  return step;
+}
+
+bool Steps::wait_for(int64_t step, int looks) const {
+  for (int share = 0; share < shares_; ++share) {
+    while (__atomic_load_n(&done_[share].value, __ATOMIC_ACQUIRE) <= step) {
+      if (looks-- <= 0) {
+        // The awaited thread may have lost its core, and spinning on would keep it from getting
+        // another.
+        sched_yield();
+        return false;
+      }
       pause();
-    } else {
-      sched_yield();
     }
   }
+  return true;
 }
 
 }  // namespace fastseq

@@ -137,8 +137,8 @@ struct ExpConstants<float> {
   static constexpr float log2e = 1.44269504088896341f, round = 12582912.0f;
   static constexpr float ln2_hi = 0.693145751953125f, ln2_lo = 1.42860682030941723e-6f;
   static constexpr int mantissa = 23, bias = 127, terms = 7;
-  // e^x is infinite above, and not yet subnormal at, these.
-  static constexpr float max = 89.0f, min = -87.0f;
+  // e^x is nearly infinite above, and not yet subnormal at, these.
+  static constexpr float max = 88.0f, min = -87.0f;
   // tanh rounds to 1 beyond.
   static constexpr float tanh_max = 10.0f;
 };
@@ -220,12 +220,25 @@ FASTSEQ_INLINE Exp<T> exp_parts(Vec<T> x) {
   return {(Vec<T>)(bits << C::mantissa), p};
 }
 
+// n / d for finite, normal d.
+#if FASTSEQ_VECTOR_BYTES == 64
+// An estimate of 14 bits and one step of Newton's: as good as a division by half a unit in the last
+// place, at a third of its cost.
+FASTSEQ_INLINE VecF divide(VecF n, VecF d) {
+  const VecF r = _mm512_rcp14_ps(d);
+  return n * fma(r, _mm512_fnmadd_ps(d, r, broadcast(1.0f)), r);
+}
+#else
+FASTSEQ_INLINE VecF divide(VecF n, VecF d) { return n / d; }
+#endif
+FASTSEQ_INLINE VecD divide(VecD n, VecD d) { return n / d; }
+
 template <class T>
 FASTSEQ_INLINE Vec<T> sigmoid_of(Vec<T> x) {
   using C = ExpConstants<T>;
   const Exp<T> e = exp_parts<T>(clamp(-x, C::min, C::max));
   // (e^r - 1 + 1) 2^n and not e^r - 1 times 2^n, plus 2^n: where 2^n is infinite, so is the former.
-  return T(1) / (T(1) + (e.expm1 + T(1)) * e.power);
+  return divide(Vec<T>{} + T(1), T(1) + (e.expm1 + T(1)) * e.power);
 }
 
 // By e^2x - 1, which keeps the relative error small near zero.
@@ -235,7 +248,7 @@ FASTSEQ_INLINE Vec<T> tanh_of(Vec<T> x) {
   const Vec<T> y = clamp(x, -C::tanh_max, C::tanh_max);
   const Exp<T> e = exp_parts<T>(y + y);
   const Vec<T> expm1 = fma(e.power, e.expm1, e.power - T(1));
-  return expm1 / (expm1 + T(2));
+  return divide(expm1, expm1 + T(2));
 }
 
 FASTSEQ_INLINE VecF sigmoid(VecF x) { return sigmoid_of<float>(x); }

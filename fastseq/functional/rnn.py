@@ -1,0 +1,351 @@
+"""Recurrent layers, stacked and in both directions, as functions.
+
+Shapes: T time, B batch, I input, H hidden, P width of the hidden state (H, or less where weight_hr
+projects it), G gate blocks, L layers, D directions, N rows of a packed sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastseq import backends
+from fastseq.functional import _checks
+from fastseq.ops import recurrent as _op
+from fastseq.reference import rnn as _reference
+
+__all__ = ["gru", "layer_norm_lstm", "lstm", "peephole_lstm", "rnn_relu", "rnn_tanh"]
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor],
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    train: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    zoneout: float | tuple[float, float] = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Long short-term memory over a whole sequence; arguments in the order of torch.lstm.
+
+    Args:
+        input: [T, B, I], [B, T, I] with ``batch_first``, or the rows [N, I] of a PackedSequence
+            with ``batch_sizes``; floating, any strides.
+        hx: initial hidden state [L*D, B, P] and cell state [L*D, B, H], in the input's dtype; None
+            for zeros.
+        params: for each layer and direction weight_ih [G*H, I or D*P], weight_hh [G*H, P] and, with
+            ``has_biases``, bias_ih [G*H], bias_hh [G*H], then weight_hr [P, H] if h is projected;
+            G = 4, gate blocks in the order i, f, g, o.
+        has_biases: whether ``params`` holds biases.
+        num_layers: L.
+        dropout: probability of zeroing an element between layers, where ``train``; torch's own
+            random stream.
+        train: whether dropout and zoneout are drawn; else zoneout is its expectation.
+        bidirectional: whether D is 2.
+        batch_first: input and output are [B, T, ...], and so are resets.
+        batch_sizes: of a PackedSequence: int64 [T] on the CPU, never increasing.
+        lengths: int64 [B] between 0 and T. Row b runs its first lengths[b] steps: what input holds
+            beyond them is never read, the output is zero there, the final state is the one after
+            the row's own last step, and the reverse direction starts there.
+        resets: bool [T, B] ([N] packed): where True, no state crosses from step t - 1 to step t, as
+            if the sequence were split there; see :func:`fastseq.reference.rnn.layer`.
+        zoneout: probability that an element of the states keeps its value of the step before: one
+            for both, or those of h and of c.
+
+    Returns:
+        output [T, B, D*P] (or [B, T, D*P], or packed [N, D*P]), h_n [L*D, B, P], c_n [L*D, B, H].
+
+    Raises:
+        ValueError: a shape or a number of parameters that does not fit, a value out of range.
+        TypeError: an argument of the wrong kind or dtype.
+
+    Source: Hochreiter and Schmidhuber 1997; forget gate, Gers, Schmidhuber and Cummins 2000;
+    projection, Sak, Senior and Beaufays 2014; zoneout, Krueger et al. 2016.
+    """
+    return _call("lstm", input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
+                 batch_first, batch_sizes, lengths, resets, zoneout)  # fmt: skip
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    train: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    zoneout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Gated recurrent units over a whole sequence; arguments as :func:`lstm`.
+
+    G = 3, gate blocks in the order r, z, n; the reset gate acts after the product, as in torch.
+    ``hx`` is h0 [L*D, B, H] alone, ``zoneout`` one probability, and there is no projection.
+
+    Returns:
+        output, h_n.
+
+    Source: Cho et al. 2014.
+    """
+    return _call("gru", input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
+                 batch_first, batch_sizes, lengths, resets, zoneout)  # fmt: skip
+
+
+def rnn_tanh(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    train: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A simple recurrent network, h = tanh(W x + b + U h + c); arguments as :func:`gru`.
+
+    G = 1, and there is no zoneout.
+
+    Source: Elman 1990.
+    """
+    return _call("rnn_tanh", input, hx, params, has_biases, num_layers, dropout, train,
+                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0)  # fmt: skip
+
+
+def rnn_relu(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    train: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A simple recurrent network, h = max(W x + b + U h + c, 0); arguments as :func:`rnn_tanh`."""
+    return _call("rnn_relu", input, hx, params, has_biases, num_layers, dropout, train,
+                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0)  # fmt: skip
+
+
+def peephole_lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor],
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    train: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An LSTM whose gates see the cell state; arguments as :func:`lstm`.
+
+    After the biases ``params`` holds weight_peephole [3, H], rows for i, f and o; there is no
+    zoneout.
+
+    Source: Gers and Schmidhuber 2000; Graves 2013, equations 7 to 11.
+    """
+    return _call("peephole_lstm", input, hx, params, has_biases, num_layers, dropout, train,
+                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0)  # fmt: skip
+
+
+def layer_norm_lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor],
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    train: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An LSTM that normalises its sums and its cell state; arguments as :func:`lstm`.
+
+    After the biases ``params`` holds weight_ln_ih [4H], weight_ln_hh [4H], weight_ln_c [H] and
+    bias_ln_c [H]; there is no zoneout.
+
+    Source: Ba, Kiros and Hinton 2016, equations 20 to 22.
+    """
+    return _call("layer_norm_lstm", input, hx, params, has_biases, num_layers, dropout, train,
+                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0)  # fmt: skip
+
+
+# What torch computes itself, under the same names.
+_TORCH = {name: getattr(torch, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
+
+
+def _call(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
+          batch_first, batch_sizes, lengths, resets, zoneout):  # fmt: skip
+    zoneout = _checks.check(cell, input, hx, params, has_biases, num_layers, dropout,
+                            bidirectional, batch_first, batch_sizes, lengths, resets,
+                            zoneout)  # fmt: skip
+    obstacle = backends.recurrent_obstacle(cell, input, params)
+    plain = lengths is None and resets is None and not any(zoneout)
+    if obstacle is not None and plain and cell in _TORCH:
+        return _by_torch(cell, input, hx, params, has_biases, num_layers, dropout, train,
+                         bidirectional, batch_first, batch_sizes)  # fmt: skip
+    return stack(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
+                 batch_first, batch_sizes, lengths, resets, zoneout,
+                 kernel=obstacle is None)  # fmt: skip
+
+
+def _by_torch(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
+              batch_first, batch_sizes):  # fmt: skip
+    if hx is None:
+        hx = zero_states(cell, input, params, num_layers, bidirectional, batch_first, batch_sizes)
+        hx = hx[0] if len(hx) == 1 else tuple(hx)
+    rest = (list(params), has_biases, num_layers, dropout, train, bidirectional)
+    if batch_sizes is not None:
+        return _TORCH[cell](input, batch_sizes, hx, *rest)
+    return _TORCH[cell](input, hx, *rest, batch_first)
+
+
+def zero_states(cell, input, params, num_layers, bidirectional, batch_first, batch_sizes):
+    """Initial states of zeros, [L*D, B, P] and, for cells with two, [L*D, B, H]."""
+    kind = _reference.CELLS[cell]
+    if batch_sizes is not None:
+        batch = int(batch_sizes[0]) if len(batch_sizes) else 0
+    else:
+        batch = input.shape[0 if batch_first else 1]
+    cells = num_layers * (2 if bidirectional else 1)
+    widths = (params[1].shape[1], params[0].shape[0] // kind.gates)[: kind.states]
+    return [input.new_zeros(cells, batch, width) for width in widths]
+
+
+def stack(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
+          batch_first, batch_sizes, lengths=None, resets=None, zoneout=(0.0, 0.0),
+          *, kernel=True):  # fmt: skip
+    """:func:`lstm` and the others once arguments are checked: layer by layer, by the kernel or by
+    the reference."""
+    by_row = batch_first and batch_sizes is None
+    x = input.transpose(0, 1) if by_row else input
+    if resets is not None and by_row:
+        resets = resets.transpose(0, 1)
+    dtype = x.dtype
+    narrow = kernel and dtype not in (torch.float32, torch.float64)
+    autocast = kernel and torch.is_autocast_enabled("cpu")
+    if autocast:
+        dtype = backends.autocast_dtype(cell, x, batch_sizes is not None)
+        narrow = True
+    if hx is None and batch_sizes is not None:
+        states = zero_states(cell, input, params, num_layers, bidirectional, False, batch_sizes)
+    else:
+        states = [hx] if isinstance(hx, Tensor) else list(hx or ())
+    if narrow:
+        # Sums and states in float32; what goes in and comes out is rounded once.
+        x, states, params = x.float(), [s.float() for s in states], [p.float() for p in params]
+    directions = 2 if bidirectional else 1
+    per_layer = len(params) // num_layers
+    finals = []
+    for layer in range(num_layers):
+        cells = slice(layer * directions, (layer + 1) * directions)
+        weights = params if num_layers == 1 else params[layer * per_layer : (layer + 1) * per_layer]
+        initial = states if num_layers == 1 else [state[cells] for state in states]
+        masks = ()
+        if zoneout[0] or zoneout[1]:
+            masks = _zoneout_masks(cell, x, weights, directions, zoneout, train)
+        run = _layer_by_kernel if kernel else _layer_by_reference
+        x, *final = run(cell, x, initial, weights, has_biases, directions, batch_sizes, lengths,
+                        resets, masks)  # fmt: skip
+        finals.append(final)
+        if dropout and train and layer + 1 < num_layers:
+            x = torch.nn.functional.dropout(x, dropout, training=True)
+    if num_layers > 1:
+        final = [torch.cat(states) for states in zip(*finals, strict=True)]
+    if narrow:
+        x, final = x.to(dtype), [state.to(dtype) for state in final]
+    return x.transpose(0, 1) if by_row else x, *final
+
+
+def _zoneout_masks(cell, x, weights, directions, zoneout, train):
+    """What each direction keeps of h and of c: draws in training, else the probabilities."""
+    kind = _reference.CELLS[cell]
+    width = weights[0].shape[0] // kind.gates
+    masks = []
+    for p in zoneout[: kind.states] * directions:
+        if train:
+            drawn = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
+            masks.append(drawn.bernoulli_(p))
+        else:
+            constant = torch.full((width,), p, dtype=x.dtype, device=x.device)
+            masks.append(constant.expand(*x.shape[:-1], width))
+    return tuple(masks)
+
+
+def _layer_by_kernel(cell, x, states, weights, has_biases, directions, batch_sizes, lengths,
+                     resets, masks):  # fmt: skip
+    settings = _op.Settings(
+        _op.CELLS[f"zoneout_{cell}" if masks else cell].number,
+        has_biases,
+        directions,
+        batch_sizes,
+        lengths,
+        resets,
+        masks,
+    )
+    h0, c0 = (*states, None, None)[:2]
+    if not torch.compiler.is_compiling():
+        return _op.run(settings, x, h0, c0, weights)
+    tensors = [t for t in (x, h0, c0, *weights) if t is not None]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    cell, has_biases, directions, *rest = settings
+    out = _op.recurrent_fwd(cell, x, h0, c0, weights, has_biases, directions, *rest, save)
+    return out[:-1] if save else out
+
+
+def _layer_by_reference(cell, x, states, weights, has_biases, directions, batch_sizes, lengths,
+                        resets, masks):  # fmt: skip
+    kind = _reference.CELLS[cell]
+    per_side = len(weights) // directions
+    sides = []
+    for d in range(directions):
+        side = list(weights[d * per_side : (d + 1) * per_side])
+        if not has_biases:
+            side[2:2] = [None, None]
+        sides.append(
+            _reference.layer(
+                cell,
+                x,
+                [state[d] for state in states] or None,
+                side,
+                reverse=d == 1,
+                batch_sizes=None if batch_sizes is None else batch_sizes.tolist(),
+                lengths=lengths,
+                resets=resets,
+                zoneout=masks[d * kind.states : (d + 1) * kind.states] or None,
+            )
+        )
+    y, *finals = zip(*sides, strict=True)
+    return torch.cat(y, -1), *(torch.stack(states) for states in finals)

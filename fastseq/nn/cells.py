@@ -1,0 +1,88 @@
+"""Recurrent cells, one step a call, with torch.nn's constructors, parameters and results."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastseq import backends
+from fastseq.functional.rnn import stack
+from fastseq.reference.rnn import CELLS
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+
+class _FastCell:
+    """The forward pass all cells share; comes before a torch.nn cell among a class's bases."""
+
+    def forward(
+        self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run one step.
+
+        Args:
+            input: [B, I], or [I] unbatched.
+            hx: h [B, H] or, of an LSTM, the pair of it and c [B, H] (unbatched, [H]); zeros where
+                absent.
+
+        Returns:
+            The state after the step, shaped as hx.
+        """
+        weights = self._weights_now()
+        states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
+        if weights is None or not self._serves(input, states):
+            return super().forward(input, hx)
+        if backends.recurrent_obstacle(self.cell_name, input, weights) is not None:
+            return super().forward(input, hx)
+        batched = input.dim() == 2
+        x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
+        leading = (1,) if batched else (1, 1)
+        initial = [s.expand(*leading, *s.shape) for s in states] or None
+        _, *after = stack(self.cell_name, x, initial, weights, len(weights) == 4, 1, 0.0, False,
+                          False, False, None)  # fmt: skip
+        if torch.is_autocast_enabled("cpu") and CELLS[self.cell_name].gates > 1:
+            after = [s.to(input.dtype) for s in after]
+        after = [s[0] if batched else s[0, 0] for s in after]
+        return after[0] if len(after) == 1 else tuple(after)
+
+    @property
+    def cell_name(self) -> str:
+        """Of the cell, a key of fastseq.reference.rnn.CELLS."""
+        return self._cell
+
+    def _weights_now(self) -> list[Tensor] | None:
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = [w for name in names if (w := getattr(self, name, None)) is not None]
+        return weights if len(weights) in (2, 4) else None
+
+    def _serves(self, x, states) -> bool:
+        """Whether shapes and dtypes are as they should be; if not, torch has the words for it."""
+        if not isinstance(x, Tensor) or x.dim() not in (1, 2) or x.shape[-1] != self.input_size:
+            return False
+        if states and len(states) != CELLS[self.cell_name].states:
+            return False
+        shape = (*x.shape[:-1], self.hidden_size)
+        return all(
+            isinstance(s, Tensor) and s.shape == shape and s.dtype is x.dtype and s.is_cpu
+            for s in states
+        )
+
+
+class LSTMCell(_FastCell, torch.nn.LSTMCell):
+    """:class:`torch.nn.LSTMCell` on fastseq's kernels."""
+
+    _cell = "lstm"
+
+
+class GRUCell(_FastCell, torch.nn.GRUCell):
+    """:class:`torch.nn.GRUCell` on fastseq's kernels."""
+
+    _cell = "gru"
+
+
+class RNNCell(_FastCell, torch.nn.RNNCell):
+    """:class:`torch.nn.RNNCell`, tanh or relu, on fastseq's kernels."""
+
+    @property
+    def cell_name(self) -> str:
+        return f"rnn_{self.nonlinearity}"
