@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backends, functional
 from fastseq.backends import Explanation
-from fastseq.nn.rnn import _FastLayer
 from fastseq.nn.cells import _FastCell
+from fastseq.nn.rnn import _FastLayer
 
 __all__ = ["explain"]
 

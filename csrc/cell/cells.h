@@ -8,11 +8,11 @@
 #include "rnn.h"
 #include "zoneout.h"
 
-#define FASTSEQ_CELLS(X)                                 \
-  X("lstm", cell::Lstm)                                  \
-  X("gru", cell::Gru)                                    \
-  X("rnn_tanh", cell::RnnTanh)                           \
-  X("rnn_relu", cell::RnnRelu)                           \
-  X("peephole_lstm", cell::PeepholeLstm)                 \
-  X("zoneout_lstm", cell::Zoneout<cell::Lstm>)           \
+#define FASTSEQ_CELLS(X)                       \
+  X("lstm", cell::Lstm)                        \
+  X("gru", cell::Gru)                          \
+  X("rnn_tanh", cell::RnnTanh)                 \
+  X("rnn_relu", cell::RnnRelu)                 \
+  X("peephole_lstm", cell::PeepholeLstm)       \
+  X("zoneout_lstm", cell::Zoneout<cell::Lstm>) \
   X("zoneout_gru", cell::Zoneout<cell::Gru>)

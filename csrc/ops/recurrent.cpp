@@ -287,8 +287,7 @@ Tensors recurrent_fwd(int64_t cell, Tensor x, OptionalTensor h0, OptionalTensor 
   const RecurrentShape& s = c.shape();
   Tensors out;
   out.reserve(4);
-  out.push_back(c.packed() ? empty(c.x, {s.tokens, s.D * s.P})
-                           : empty(c.x, {s.T, s.B, s.D * s.P}));
+  out.push_back(c.packed() ? empty(c.x, {s.tokens, s.D * s.P}) : empty(c.x, {s.T, s.B, s.D * s.P}));
   out.push_back(empty(c.x, {s.D, s.B, s.P}));
   if (c.cell.states == 2) out.push_back(empty(c.x, {s.D, s.B, s.H}));
   if (save) out.push_back(empty(c.x, {s.D, c.saved_tokens(), c.saved_row()}));
@@ -312,9 +311,9 @@ Tensors recurrent_bwd(int64_t cell, OptionalTensor dy, OptionalTensor dh_n, Opti
                       OptionalTensor lengths, OptionalTensor resets, Tensors masks, Tensor saved,
                       bool need_dx, bool need_dw, bool need_db, bool need_dh0) {
   const char* op = "recurrent_bwd";
-  const Call c = make_call(op, cell, std::move(x), std::move(h0), std::move(c0),
-                           std::move(weights), has_biases, directions, std::move(batch_sizes),
-                           std::move(lengths), std::move(resets), std::move(masks));
+  const Call c = make_call(op, cell, std::move(x), std::move(h0), std::move(c0), std::move(weights),
+                           has_biases, directions, std::move(batch_sizes), std::move(lengths),
+                           std::move(resets), std::move(masks));
   const RecurrentShape& s = c.shape();
   check_tensor(op, "saved", saved, c.x, {s.D, c.saved_tokens(), c.saved_row()});
   if (dy && c.packed()) check_tensor(op, "dy", *dy, c.x, {s.tokens, s.D * s.P});
@@ -328,7 +327,8 @@ Tensors recurrent_bwd(int64_t cell, OptionalTensor dy, OptionalTensor dh_n, Opti
 
   Tensors out;
   out.reserve(2 + size_t(need_dx) + c.weights.size());
-  if (need_dx) out.push_back(c.packed() ? empty(c.x, {s.tokens, s.I}) : empty(c.x, {s.T, s.B, s.I}));
+  if (need_dx)
+    out.push_back(c.packed() ? empty(c.x, {s.tokens, s.I}) : empty(c.x, {s.T, s.B, s.I}));
   const size_t dh0_at = out.size();
   if (need_dh0) out.push_back(empty(c.x, {s.D, s.B, s.P}));
   // Of use to the loop even where nobody wants it.

@@ -129,10 +129,9 @@ void gemm_block(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1
         for (int64_t n = nb; n < ne; n += kPanel<T>) {
           const int cols = int(min64(kPanel<T>, ne - n));
           with_const<kPanelVectors>(int(ceil_div(cols, kLanes<T>)), [&](auto vectors) {
-            gemm_panel<T, decltype(vectors)::value>(g, mb, me, k0, K, n,
-                                                    packed ? blocks.a : nullptr,
-                                                    blocks.b + (n - nb) * K, cols, accumulate,
-                                                    blocks.a);
+            gemm_panel<T, decltype(vectors)::value>(
+                g, mb, me, k0, K, n, packed ? blocks.a : nullptr, blocks.b + (n - nb) * K, cols,
+                accumulate, blocks.a);
           });
         }
       }
@@ -172,7 +171,8 @@ void column_sums(const T* a, int64_t K, int64_t n0, int64_t n1, int64_t lda, T* 
 #pragma GCC unroll 2
         for (int v = 0; v < kPanelVectors; ++v) {
           const int64_t column = n + v * kLanes<T>;
-          if (column < n1) part[v] += load(a + k * lda + column, int(min64(kPanel<T>, n1 - column)));
+          if (column < n1)
+            part[v] += load(a + k * lda + column, int(min64(kPanel<T>, n1 - column)));
         }
       }
       for (int v = 0; v < kPanelVectors; ++v) total[v] += part[v];
@@ -189,7 +189,8 @@ constexpr int64_t kWorthATask = int64_t(1) << 17;
 
 template <class T>
 void gemm(const Gemm<T>& g, const Threads& threads) {
-  const int64_t parts = max64(1, min64(min64(threads.count, kMostParts), g.M * g.N * g.K / kWorthATask));
+  const int64_t parts =
+      max64(1, min64(min64(threads.count, kMostParts), g.M * g.N * g.K / kWorthATask));
   const int64_t a_size = GemmBlocks<T>::a_size(g), b_size = GemmBlocks<T>::b_size(g);
   Scratch scratch(size_t(parts) * (Scratch::padded(size_t(a_size) * sizeof(T)) +
                                    Scratch::padded(size_t(b_size) * sizeof(T))));

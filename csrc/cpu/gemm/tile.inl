@@ -6,7 +6,8 @@
 
 // Two or three vectors of B stay in registers while rows of A pass: tall rather than wide, for B
 // comes from the second-level cache and A from the first. 32 registers (AVX-512) take 24 sums, the
-// vectors of B and one of A; 16 take 12 and those; without an FMA (scalar) a product needs one more.
+// vectors of B and one of A; 16 take 12 and those; without an FMA (scalar) a product needs one
+// more.
 constexpr int tile_rows(int wide) {
   return (FASTSEQ_VECTOR_BYTES == 64 ? 24 : FASTSEQ_VECTOR_BYTES == 32 ? 12 : 8) / wide;
 }
@@ -68,8 +69,8 @@ FASTSEQ_INLINE void multiply_chain(int64_t k0, int64_t k1, const A& a, const T* 
   }
 }
 
-// The same for two chains side by side, [k0, k1) to acc and [k1, k2) to other, k1 - k0 >= k2 - k1: few
-// sums alone leave the units waiting for each other's FMA.
+// The same for two chains side by side, [k0, k1) to acc and [k1, k2) to other, k1 - k0 >= k2 - k1:
+// few sums alone leave the units waiting for each other's FMA.
 template <class T, int Rows, int Vectors, int Panels, class A>
 FASTSEQ_INLINE void multiply_two_chains(int64_t k0, int64_t k1, int64_t k2, const A& a,
                                         const T* panel, int64_t panel_stride,

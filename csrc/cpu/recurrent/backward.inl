@@ -1,4 +1,5 @@
-// The backward pass of a recurrent layer: memory, packing, the loop over steps, the deferred products.
+// The backward pass of a recurrent layer: memory, packing, the loop over steps, the deferred
+// products.
 
 template <class Cell, class T>
 void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
@@ -15,8 +16,6 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
                              {},
                              {},
                              {},
-                             {},
-                             {},
                              nullptr,
                              nullptr};
   const PanelProduct<T> by_hh{gates, s.P, nullptr}, by_hr{s.P, s.H, nullptr};
@@ -24,8 +23,8 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
   const Plan plan = plan_steps(s, gates * s.P, gates * s.P, panels, sizeof(T), threads.count);
   const int64_t tasks = plan.tasks * s.D;
   const int64_t task_rows = plan.by_units ? s.B : min64(plan.chunk, s.B);
-  const bool own = !plan.by_units && tasks > s.D && !projected &&
-                   gates * s.P * int64_t(sizeof(T)) <= kOwnCopy;
+  const bool own =
+      !plan.by_units && tasks > s.D && !projected && gates * s.P * int64_t(sizeof(T)) <= kOwnCopy;
 
   BackwardTask<T>* task = nullptr;
   T* packed_hh = nullptr;
@@ -48,7 +47,10 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
       loop.dh[d] = projected ? memory.template take<T>(size_t(s.tokens * s.P)) : nullptr;
     }
     for (int64_t i = 0; i < tasks; ++i) {
-      BackwardTask<T> one;
+      BackwardTask<T> one{};
+      one.share = share_of(plan, s, i, panels, hr_panels);
+      one.hh = {gates, s.P, packed_hh + (own ? i : i % s.D) * hh_size};
+      one.hr = {s.P, s.H, packed_hr + (i % s.D) * hr_size};
       one.rows = memory.template take<BackwardRow<T>>(size_t(task_rows));
       one.from = memory.template take<const T*>(size_t(task_rows));
       if (task) task[i] = one;
@@ -78,52 +80,20 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
     run_tasks(worth ? threads : Threads{1, nullptr}, s.D * pieces,
               [&](int64_t i) { pack(i / pieces, i % pieces); });
   }
-  for (int d = 0; d < s.D; ++d) {
-    loop.hh[d] = {gates, s.P, packed_hh + d * hh_size};
-    loop.hr[d] = {s.P, s.H, packed_hr + d * hr_size};
-  }
   if (Cell::kStates == 2) {
     for (int64_t i = 0; i < s.D * s.B * s.H; ++i) a.dc0[i] = a.dc_n ? a.dc_n[i] : T(0);
   }
 
-  auto share_of = [&](int64_t i) {
-    const int64_t part = i / s.D;
-    Share share{int(i % s.D), 0, s.B, 0, panels};
-    if (plan.by_units) {
-      share.g0 = part * plan.chunk;
-      share.g1 = min64(share.g0 + plan.chunk, panels);
-    } else {
-      share.b0 = part * plan.chunk;
-      share.b1 = min64(share.b0 + plan.chunk, s.B);
-    }
-    return share;
-  };
   const int phases = projected ? 2 : 1;
   // The step before the first, for dL/dh0, has no cells.
-  const int64_t all_phases = s.T * phases + (a.dh0 ? 1 : 0);
-  auto run_phase = [&](BackwardLoop<Cell, T>& mine, int64_t i, int64_t step) {
-    const Share share = share_of(i);
-    if (step % phases == 0) {
-      mine.by_hh(share, step / phases, task[i]);
+  const int64_t steps = s.T * phases + (a.dh0 ? 1 : 0);
+  run_steps(plan, tasks, steps, phases, threads, [&](int64_t i, int64_t step, int phase) {
+    for (int64_t piece = 0; own && step == 0 && piece < pieces; ++piece) pack(i, piece);
+    if (phase == 0) {
+      loop.by_hh(step, task[i]);
     } else {
-      const int64_t parts = plan.by_units ? plan.tasks : 1, part = plan.by_units ? i / s.D : 0;
-      const int64_t each = ceil_div(hr_panels, parts), p0 = min64(part * each, hr_panels);
-      mine.by_hr(share, step / phases, p0, min64(p0 + each, hr_panels), task[i]);
+      loop.by_hr(step, task[i]);
     }
-  };
-  if (plan.by_units) {
-    Steps steps(all_phases, int(tasks));
-    run_tasks(threads, tasks, [&](int64_t first) {
-      steps.work(int(first),
-                 [&](int64_t step, int share) { run_phase(loop, share, step); });
-    });
-  } else {
-    run_tasks(threads, tasks, [&](int64_t i) {
-      BackwardLoop<Cell, T> mine = loop;
-      for (int64_t piece = 0; own && piece < pieces; ++piece) pack(i, piece);
-      if (own) mine.hh[i % s.D].packed = packed_hh + i * hh_size;
-      for (int64_t step = 0; step < all_phases; ++step) run_phase(mine, i, step);
-    });
-  }
+  });
   recurrent_deferred(loop, pointers, threads);
 }

@@ -1,5 +1,5 @@
-// The loop of a recurrent layer's backward pass: it carries dL/dh and dL/dc only; all weight gradients
-// are products over the whole sequence afterwards (deferred.inl).
+// The loop of a recurrent layer's backward pass: it carries dL/dh and dL/dc only; all weight
+// gradients are products over the whole sequence afterwards (deferred.inl).
 
 // Where the gradients of a cell's sums lie in a token's row [blocks][H]: in order, but the input
 // half of a gate in two halves first, so that those of x and those of h are each side by side.
@@ -13,9 +13,7 @@ struct GradientRow {
   // First block of the recurrent sums; those of x begin at 0.
   static constexpr int kRecurrent = L::kApart < 0 ? 0 : 1;
   // The gate whose input sum is block i.
-  static constexpr int gate(int i) {
-    return L::kApart < 0 ? i : i == 0 ? L::kApart : i - 1;
-  }
+  static constexpr int gate(int i) { return L::kApart < 0 ? i : i == 0 ? L::kApart : i - 1; }
 };
 
 // What a step needs to know of a row.
@@ -37,6 +35,9 @@ struct BackwardRow {
 
 template <class T>
 struct BackwardTask {
+  Share share;
+  PanelProduct<T> hh;  // by W_hh
+  PanelProduct<T> hr;  // by W_hr
   BackwardRow<T>* rows;
   const T** from;  // gradient row of the later step, of each row
 };
@@ -48,10 +49,8 @@ struct BackwardLoop {
 
   const RecurrentBackward<T>& a;
   int64_t saved_row;
-  int64_t dsums_row;   // elements from one token's gradient row to the next
-  PanelProduct<T> hh[2];  // by W_hh
-  PanelProduct<T> hr[2];  // by W_hr
-  T* dsums[2];   // [tokens, dsums_row]
+  int64_t dsums_row;  // elements from one token's gradient row to the next
+  T* dsums[2];        // [tokens, dsums_row]
   T* hidden[2];  // [tokens, H]: what was multiplied by W_hr, or h where `saved` has it not; or null
   T* dh[2];      // [tokens, P]: dL/dh of all paths, where h is projected
   T* carry;      // [D, B, H] or null
@@ -78,8 +77,8 @@ struct BackwardLoop {
     return a.h0 ? a.h0 + (d * s.B + s.sequence(b)) * s.P : zero;
   }
 
-  // Fills in the rows of a step; returns how many there are. At `initial`, the step before the first:
-  // every row, and only what leads to h0.
+  // Fills in the rows of a step; returns how many there are. At `initial`, the step before the
+  // first: every row, and only what leads to h0.
   int64_t prepare(const Share& share, int64_t t, bool initial, BackwardTask<T>& task) {
     const RecurrentShape& s = a.shape;
     const int d = share.d;
@@ -92,8 +91,8 @@ struct BackwardLoop {
       const int64_t later = initial ? w.first(b) : w.after(t);
       const bool last = b >= s.rows_at(later);
       const bool flows = !last && !w.cut(a.resets, later, b);
-      task.from[i] = flows ? dsums[d] + (s.first[later] + b) * dsums_row + Row::kRecurrent * s.H
-                           : zero;
+      task.from[i] =
+          flows ? dsums[d] + (s.first[later] + b) * dsums_row + Row::kRecurrent * s.H : zero;
       const bool ends = last && !w.cut_at_end(a.resets, b);
       row.dh_n = ends && a.dh_n ? a.dh_n + state * s.P : nullptr;
       if (carry) {
@@ -114,8 +113,7 @@ struct BackwardLoop {
       if constexpr (Cell::kStates == 2) {
         row.c_prev = w.cut(a.resets, t, b) ? zero
                      : w.follows(t, b)
-                         ? a.saved +
-                               (d * s.tokens + s.first[w.before(t)] + b) * saved_row +
+                         ? a.saved + (d * s.tokens + s.first[w.before(t)] + b) * saved_row +
                                Cell::kSavedC * s.H
                      : a.c0 ? a.c0 + state * s.H
                             : zero;
@@ -206,13 +204,14 @@ struct BackwardLoop {
 
   // dL/dh of step `step` back from the end (step T: of h0), and with it the cells, or where h is
   // projected only dL/dh itself; for a share of the panels of W_hh.
-  void by_hh(const Share& share, int64_t step, BackwardTask<T>& task) {
+  void by_hh(int64_t step, BackwardTask<T>& task) {
     const RecurrentShape& s = a.shape;
+    const Share& share = task.share;
     const int d = share.d;
     const bool initial = step == s.T;
     const int64_t t = initial ? (d ? s.T : -1) : walk(d).time(s.T - 1 - step);
     const int64_t count = prepare(share, t, initial, task);
-    const PanelProduct<T>& product = hh[d];
+    const PanelProduct<T>& product = task.hh;
     alignas(64) T sums[kRows * 2 * kPanel<T>];
     const int64_t tiles = ceil_div(count, kRows);
     const int most = count ? int(ceil_div(count, tiles)) : 1;
@@ -267,20 +266,21 @@ struct BackwardLoop {
   }
 
   // The cells of a step where h is projected, from dL/dh; for a share of the panels of W_hr.
-  void by_hr(const Share& share, int64_t step, int64_t p0, int64_t p1, BackwardTask<T>& task) {
+  void by_hr(int64_t step, BackwardTask<T>& task) {
     const RecurrentShape& s = a.shape;
+    const Share& share = task.share;
     const int d = share.d;
     const int64_t t = walk(d).time(s.T - 1 - step);
     const int64_t count = max64(min64(share.b1, s.rows[t]) - share.b0, 0);
     for (int64_t i = 0; i < count; ++i) {
       task.from[i] = dh[d] + (s.first[t] + share.b0 + i) * s.P;
     }
-    const PanelProduct<T>& product = hr[d];
+    const PanelProduct<T>& product = task.hr;
     alignas(64) T sums[kRows * 2 * kPanel<T>];
     const int64_t tiles = ceil_div(count, kRows);
     const int most = count ? int(ceil_div(count, tiles)) : 1;
-    for (int64_t p = p0, n = 0; p < p1; p += n) {
-      n = product.together(most, p, p1);
+    for (int64_t p = share.p0, n = 0; p < share.p1; p += n) {
+      n = product.together(most, p, share.p1);
       const int wide = product.vectors(p);
       int64_t b = 0;
       for (int64_t i = 0; i < tiles; ++i) {

@@ -6,30 +6,25 @@
 // What a step needs to know of a row.
 template <class T>
 struct ForwardRow {
-  const T* h;   // of the step before
+  const T* h;  // of the step before
   const T* c;
   T* c_out;
-  T* out;       // h, or what is to be projected to it
+  T* out;  // h, or what is to be projected to it
   T* y;
-  T* saved;     // or null
+  T* saved;  // or null
   const T* masks[kMostMasks];
 };
 
-// Memory of one task.
+// One task: its share of the work, and its memory.
 template <class T>
 struct ForwardTask {
+  Share share;
   ForwardRow<T>* rows;
   const T** x;
   const T** h;
   const T** start;
   T* ahead;  // input products of several steps, [groups][tokens][kOut][lanes]
   PackedForward<T> packed;
-};
-
-// A part of the work of a step: a direction, its rows [b0, b1), its groups of units [g0, g1).
-struct Share {
-  int d;
-  int64_t b0, b1, g0, g1;
 };
 
 template <class Cell, class T>
@@ -48,7 +43,8 @@ struct ForwardLoop {
     return a.h0 ? a.h0 + (d * a.shape.B + a.shape.sequence(b)) * a.shape.P : zero;
   }
 
-  // Input products of the steps [s0, s1) of a chunk that began at `chunk`, for all groups of a share.
+  // Input products of the steps [s0, s1) of a chunk that began at `chunk`, for all groups of a
+  // share.
   void multiply_ahead(const Share& share, int64_t chunk, int64_t chunk_end, int64_t s0, int64_t s1,
                       const PackedForward<T>& packed, T* out) {
     const RecurrentShape& s = a.shape;
@@ -62,8 +58,9 @@ struct ForwardLoop {
       const T* bias = packed.bias + g * kRowOut;
       int rows = 0;
       auto flush = [&] {
-        sums_tile<L>(tile, rows, 1, sums);
-        for (int m = 0; m < rows; ++m) {
+        const bool together = target[rows - 1] - target[0] == (rows - 1) * kRowOut;
+        sums_tile<L>(tile, rows, 1, together ? target[0] : sums);
+        for (int m = 0; m < rows && !together; ++m) {
           for (int i = 0; i < kRowOut; i += kLanes<T>) {
             store(target[m] + i, load(sums + m * kRowOut + i));
           }
@@ -93,9 +90,9 @@ struct ForwardLoop {
       const int64_t b = share.b0 + i, state = share.d * s.B + s.sequence(b);
       ForwardRow<T>& row = task.rows[i];
       const bool cut = w.cut(a.resets, t, b);
-      row.h = cut                ? zero
+      row.h = cut               ? zero
               : w.follows(t, b) ? a.y.at(s, before, b) + share.d * s.P
-                                 : initial_h(share.d, b);
+                                : initial_h(share.d, b);
       row.y = a.y.at(s, t, b) + share.d * s.P;
       row.out = unprojected ? unprojected + state * s.H : row.y;
       if constexpr (Cell::kStates == 2) {
@@ -145,16 +142,16 @@ struct ForwardLoop {
   }
 
   // The cells of one step.
-  void cells(const Share& share, int64_t step, ForwardTask<T>& task) {
+  void cells(int64_t step, int64_t in_chunk, ForwardTask<T>& task) {
     const RecurrentShape& s = a.shape;
+    const Share& share = task.share;
     const int64_t t = walk(share.d).time(step), wide = share.b1 - share.b0;
     const int64_t count = prepare(share, t, task);
-    const int64_t in_chunk = ahead ? step % ahead : 0;
     const int64_t tokens = min64(ahead, s.T - (step - in_chunk)) * wide;
     const T* params = a.weights[share.d].params;
     // Few rows take several groups, up to eight rows' worth in all.
     alignas(64) T sums[(L::kRows + 8) * kRowOut];
-    SumsTile<T> tile{task.start, task.x,  task.h,           (ahead ? tokens : 1) * kRowOut,
+    SumsTile<T> tile{task.start, task.x,  task.h,          (ahead ? tokens : 1) * kRowOut,
                      nullptr,    nullptr, ahead ? 0 : s.I, s.P,
                      0};
     // Tiles of even height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
@@ -205,17 +202,19 @@ struct ForwardLoop {
   }
 
   // h from what cells() left, for columns of a share of the projection's panels.
-  void project(const Share& share, int64_t step, int64_t p0, int64_t p1, ForwardTask<T>& task) {
+  void project(int64_t step, ForwardTask<T>& task) {
     const RecurrentShape& s = a.shape;
+    const Share& share = task.share;
     const int64_t t = walk(share.d).time(step);
     const int64_t count = max64(min64(share.b1, s.rows[t]) - share.b0, 0);
     for (int64_t i = 0; i < count; ++i) task.h[i] = task.rows[i].out;
     const PanelProduct<T> product{s.H, s.P, task.packed.hr};
-    product.each(p0, p1, count, task.h, [&](int64_t i, int64_t column, Vec<T> h, int lanes) {
-      const ForwardRow<T>& row = task.rows[i];
-      store(row.y + column, h, lanes);
-      if (row.saved) store(row.saved + Cell::kSaved * s.H + column, h, lanes);
-    });
+    product.each(share.p0, share.p1, count, task.h,
+                 [&](int64_t i, int64_t column, Vec<T> h, int lanes) {
+                   const ForwardRow<T>& row = task.rows[i];
+                   store(row.y + column, h, lanes);
+                   if (row.saved) store(row.saved + Cell::kSaved * s.H + column, h, lanes);
+                 });
   }
 };
 
@@ -227,20 +226,20 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
   const PackedSizes<L, T> size(s, projected);
   const int64_t hr_panels = ceil_div(s.P, kPanel<T>);
   const int64_t by_h = s.P * L::kGates * s.H, by_x = s.I * L::kGates * s.H;
-  const Plan plan = plan_steps(s, 2 * s.B <= L::kRows ? by_h : by_x + by_h, by_x + by_h, size.groups,
-                               sizeof(T), threads.count);
+  const Plan plan = plan_steps(s, 2 * s.B <= L::kRows ? by_h : by_x + by_h, by_x + by_h,
+                               size.groups, sizeof(T), threads.count);
   const int64_t tasks = plan.tasks * s.D;
   const int64_t task_rows = plan.by_units ? s.B : min64(plan.chunk, s.B);
   const int64_t task_groups = plan.by_units ? plan.chunk : size.groups;
   // With rows for less than half a tile, input products are made for several steps together; by all
   // threads, where the loop has use for one only.
   const bool few = task_rows > 0 && 2 * task_rows <= L::kRows && s.T > 1;
-  const bool shared_ahead = few && tasks == 1 && threads.count > 1 &&
-                            s.tokens * by_x >= (int64_t(1) << 18);
+  const bool shared_ahead =
+      few && tasks == 1 && threads.count > 1 && s.tokens * by_x >= (int64_t(1) << 18);
   const int64_t ahead_rows = shared_ahead ? 512 : 4 * L::kRows;
   const int64_t ahead = few ? min64(s.T, ceil_div(ahead_rows, task_rows)) : 0;
-  const bool own = !plan.by_units && tasks > s.D &&
-                   (size.x + size.h + size.hr) * int64_t(sizeof(T)) <= kOwnCopy;
+  const bool own =
+      !plan.by_units && tasks > s.D && (size.x + size.h + size.hr) * int64_t(sizeof(T)) <= kOwnCopy;
 
   ForwardLoop<Cell, T> loop{a, Cell::kSaved * s.H + (projected ? s.P : 0), nullptr, nullptr, ahead};
   ForwardTask<T>* task = nullptr;
@@ -252,12 +251,13 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
     PackedForward<T> packed[2] = {};
     for (int64_t i = 0; i < tasks; ++i) {
       ForwardTask<T> one{};
+      one.share = share_of(plan, s, i, size.groups, hr_panels);
       one.rows = memory.template take<ForwardRow<T>>(size_t(task_rows));
       one.x = memory.template take<const T*>(size_t(task_rows));
       one.h = memory.template take<const T*>(size_t(task_rows));
       one.start = memory.template take<const T*>(size_t(task_rows));
-      one.ahead = memory.template take<T>(size_t(ahead * task_rows * task_groups * L::kOut *
-                                                 kLanes<T>));
+      one.ahead =
+          memory.template take<T>(size_t(ahead * task_rows * task_groups * L::kOut * kLanes<T>));
       PackedForward<T>& p = packed[i % s.D];
       if (own || i < s.D) {
         p.bias = memory.template take<T>(size_t(size.bias));
@@ -297,67 +297,34 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
     for (int64_t i = 0; i < s.D * s.B * s.H; ++i) a.c_n[i] = a.c0 ? a.c0[i] : T(0);
   }
 
-  auto share_of = [&](int64_t i) {
-    const int64_t part = i / s.D;
-    Share share{int(i % s.D), 0, s.B, 0, size.groups};
-    if (plan.by_units) {
-      share.g0 = part * plan.chunk;
-      share.g1 = min64(share.g0 + plan.chunk, size.groups);
-    } else {
-      share.b0 = part * plan.chunk;
-      share.b1 = min64(share.b0 + plan.chunk, s.B);
-    }
-    return share;
-  };
-  auto multiply_ahead = [&](const Share& share, int64_t step, ForwardTask<T>& mine) {
+  auto multiply_ahead = [&](int64_t step, ForwardTask<T>& mine) {
     const int64_t end = min64(step + ahead, s.T);
-    if (!shared_ahead) {
-      loop.multiply_ahead(share, step, end, step, end, mine.packed, mine.ahead);
-      return;
-    }
-    const int64_t parts = min64(4 * threads.count, end - step), each = ceil_div(end - step, parts);
+    const int64_t parts = shared_ahead ? min64(4 * threads.count, end - step) : 1;
+    const int64_t each = ceil_div(end - step, parts);
     run_tasks(threads, parts, [&](int64_t part) {
       const int64_t s0 = min64(step + part * each, end), s1 = min64(s0 + each, end);
-      loop.multiply_ahead(share, step, end, s0, s1, mine.packed, mine.ahead);
+      loop.multiply_ahead(mine.share, step, end, s0, s1, mine.packed, mine.ahead);
     });
   };
   const int phases = projected ? 2 : 1;
-  auto run_step = [&](int64_t i, int64_t step, int phase) {
-    const Share share = share_of(i);
+  run_steps(plan, tasks, s.T * phases, phases, threads, [&](int64_t i, int64_t step, int phase) {
+    ForwardTask<T>& mine = task[i];
     if (phase == 1) {
-      // By units, the panels are dealt out like the groups.
-      const int64_t parts = plan.by_units ? plan.tasks : 1, part = plan.by_units ? i / s.D : 0;
-      const int64_t each = ceil_div(hr_panels, parts), p0 = min64(part * each, hr_panels);
-      loop.project(share, step, p0, min64(p0 + each, hr_panels), task[i]);
+      loop.project(step, mine);
       return;
     }
-    if (ahead && step % ahead == 0) multiply_ahead(share, step, task[i]);
-    loop.cells(share, step, task[i]);
-  };
-  if (plan.by_units) {
-    Steps steps(s.T * phases, int(tasks));
-    run_tasks(threads, tasks, [&](int64_t first) {
-      steps.work(int(first), [&](int64_t step, int share) {
-        run_step(share, step / phases, int(step % phases));
-      });
-    });
-  } else {
-    run_tasks(threads, tasks, [&](int64_t i) {
-      for (int64_t piece = 0; own && piece < pieces; ++piece) pack(i, piece);
-      for (int64_t step = 0; step < s.T; ++step) {
-        for (int phase = 0; phase < phases; ++phase) run_step(i, step, phase);
-      }
-    });
-  }
+    for (int64_t piece = 0; own && step == 0 && piece < pieces; ++piece) pack(i, piece);
+    const int64_t in_chunk = ahead ? step % ahead : 0;
+    if (ahead && in_chunk == 0) multiply_ahead(step, mine);
+    loop.cells(step, in_chunk, mine);
+  });
 
   for (int d = 0; d < s.D; ++d) {
     const Walk walk{s, d == 1};
     for (int64_t b = 0; b < s.B; ++b) {
       const int64_t last = walk.last(b), state = d * s.B + s.sequence(b);
       const bool cut = walk.cut_at_end(a.resets, b);
-      const T* from = cut         ? zero
-                      : last >= 0 ? a.y.at(s, last, b) + d * s.P
-                                  : loop.initial_h(d, b);
+      const T* from = cut ? zero : last >= 0 ? a.y.at(s, last, b) + d * s.P : loop.initial_h(d, b);
       for (int64_t u = 0; u < s.P; ++u) a.h_n[state * s.P + u] = from[u];
       for (int64_t u = 0; u < s.H && cut && a.c_n; ++u) a.c_n[state * s.H + u] = 0;
     }

@@ -91,6 +91,58 @@ inline Plan plan_steps(const RecurrentShape& s, int64_t weights, int64_t all, in
   return {false, int(max64(1, ceil_div(s.B, max64(chunk, 1)))), max64(chunk, 1)};
 }
 
+// A part of the work of a step: a direction, its rows [b0, b1), its groups of units [g0, g1), and
+// of the panels of a projection [p0, p1).
+struct Share {
+  int d;
+  int64_t b0, b1, g0, g1, p0, p1;
+};
+
+inline Share share_of(const Plan& plan, const RecurrentShape& s, int64_t task, int64_t groups,
+                      int64_t panels) {
+  const int64_t part = task / s.D;
+  Share share{int(task % s.D), 0, s.B, 0, groups, 0, panels};
+  if (plan.by_units) {
+    const int64_t each = ceil_div(panels, plan.tasks);
+    share.g0 = part * plan.chunk;
+    share.g1 = min64(share.g0 + plan.chunk, groups);
+    share.p0 = min64(part * each, panels);
+    share.p1 = min64(share.p0 + each, panels);
+  } else {
+    share.b0 = part * plan.chunk;
+    share.b1 = min64(share.b0 + plan.chunk, s.B);
+  }
+  return share;
+}
+
+// Runs f(task, step, phase) for all tasks; `steps` counts the phases of all steps.
+template <class F>
+FASTSEQ_INLINE void run_steps(const Plan& plan, int64_t tasks, int64_t steps, int phases,
+                              const Threads& threads, const F& f) {
+  if (plan.by_units) {
+    Steps all(steps, int(tasks));
+    run_tasks(threads, tasks, [&](int64_t first) {
+      all.work(int(first), [&](int64_t step, int task) {
+        if (phases == 1) {
+          f(task, step, 0);
+        } else {
+          f(task, step / 2, int(step % 2));
+        }
+      });
+    });
+    return;
+  }
+  run_tasks(threads, tasks, [&](int64_t task) {
+    for (int64_t step = 0; step < steps; ++step) {
+      if (phases == 1) {
+        f(task, step, 0);
+      } else {
+        f(task, step / 2, int(step % 2));
+      }
+    }
+  });
+}
+
 // Weights smaller than this are packed by every task for itself: the copy is made sooner than the
 // lines another core has just written are fetched from it.
 constexpr int64_t kOwnCopy = int64_t(64) << 10;

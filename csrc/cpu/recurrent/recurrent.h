@@ -2,14 +2,16 @@
 //
 // T steps, B sequences, I inputs, H hidden units, P the width of h (H, or the projection's), D
 // directions, G gates of the cell. Gate blocks stand in torch's order. The rows of a step are the
-// sequences in order of falling length: `rows[t]` of them, the first ones, run at step t. A token is
-// one (step, row) pair; tokens are numbered step by step, so that those of step t begin at
+// sequences in order of falling length: `rows[t]` of them, the first ones, run at step t. A token
+// is one (step, row) pair; tokens are numbered step by step, so that those of step t begin at
 // `first[t]` (= t * B where every sequence runs to the end).
 #pragma once
 
 #include <cstdint>
 
 #include "../support/threads.h"
+
+#define FASTSEQ_MEMBER inline __attribute__((always_inline))
 
 namespace fastseq {
 
@@ -20,21 +22,21 @@ struct RecurrentShape {
   const int64_t* first;  // [T]
   const int64_t* order;  // [B]: which sequence a row is; null: the row's own number
 
-  int64_t sequence(int64_t row) const { return order ? order[row] : row; }
-  int64_t rows_at(int64_t t) const { return t >= 0 && t < T ? rows[t] : 0; }
+  // Inlined always: a copy of its own, compiled for a wide machine, could be linked for all.
+  FASTSEQ_MEMBER int64_t sequence(int64_t row) const { return order ? order[row] : row; }
+  FASTSEQ_MEMBER int64_t rows_at(int64_t t) const { return t >= 0 && t < T ? rows[t] : 0; }
 };
 
-// Something of every token: that of step t and row b lies at base + t * step + sequence(b) * row, or,
-// where step is kPacked, at base + (first[t] + b) * row. Contiguous from there.
+// Something of every token: that of step t and row b lies at base + t * step + sequence(b) * row,
+// or, where step is kPacked, at base + (first[t] + b) * row. Contiguous from there.
 template <class T>
 struct TokenRows {
   static constexpr int64_t kPacked = -1;
   T* base;
   int64_t step, row;
 
-  T* at(const RecurrentShape& s, int64_t t, int64_t b) const {
-    return step == kPacked ? base + (s.first[t] + b) * row
-                           : base + t * step + s.sequence(b) * row;
+  FASTSEQ_MEMBER T* at(const RecurrentShape& s, int64_t t, int64_t b) const {
+    return step == kPacked ? base + (s.first[t] + b) * row : base + t * step + s.sequence(b) * row;
   }
 };
 
@@ -81,12 +83,12 @@ struct RecurrentBackward : RecurrentInputs<T> {
   T* dc0;                 // [D, B, H]; null: no such state
   TokenRows<T> dx;        // I wide; base may be null: not wanted
   // Per direction; null: not wanted.
-  T* dw_ih[2];     // [G*H, I]; with dw_hh
-  T* dw_hh[2];     // [G*H, P]
-  T* db_ih[2];     // [G*H]
-  T* db_hh[2];     // [G*H]; with db_ih
-  T* dw_hr[2];     // [P, H]; with dw_hh
-  T* dparams[2];   // [kParams, H]; with dw_hh
+  T* dw_ih[2];    // [G*H, I]; with dw_hh
+  T* dw_hh[2];    // [G*H, P]
+  T* db_ih[2];    // [G*H]
+  T* db_hh[2];    // [G*H]; with db_ih
+  T* dw_hr[2];    // [P, H]; with dw_hh
+  T* dparams[2];  // [kParams, H]; with dw_hh
 };
 
 // What a caller needs to know of a cell to allocate for it.

@@ -30,9 +30,9 @@ inline __attribute__((always_inline)) void run_tasks(const Threads& threads, int
 }
 
 // Runs f(step, share) for every share of step 0, then of step 1, and so on: no share of a step
-// starts before the whole step before it has ended. A thread takes its own share, so that data stays
-// in its cache, and waits for the others; where that takes long, it takes any share nobody has
-// begun. So one thread alone finishes everything.
+// starts before the whole step before it has ended. A thread takes its own share, so that data
+// stays in its cache, and waits for the others; where that takes long, it takes any share nobody
+// has begun. So one thread alone finishes everything.
 class Steps {
  public:
   static constexpr int kMaxShares = 64;
