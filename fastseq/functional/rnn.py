@@ -33,6 +33,7 @@ def lstm(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    recompute: bool = False,
     zoneout: float | tuple[float, float] = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Long short-term memory over a whole sequence; arguments in the order of torch.lstm.
@@ -58,6 +59,8 @@ def lstm(
             the row's own last step, and the reverse direction starts there.
         resets: bool [T, B] ([N] packed): where True, no state crosses from step t - 1 to step t, as
             if the sequence were split there; see :func:`fastseq.reference.rnn.layer`.
+        recompute: keep nothing for the backward pass but input and output; it runs forward again.
+            (A compiled graph decides for itself what to keep.)
         zoneout: probability that an element of the states keeps its value of the step before: one
             for both, or those of h and of c.
 
@@ -72,7 +75,7 @@ def lstm(
     projection, Sak, Senior and Beaufays 2014; zoneout, Krueger et al. 2016.
     """
     return _call("lstm", input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
-                 batch_first, batch_sizes, lengths, resets, zoneout)  # fmt: skip
+                 batch_first, batch_sizes, lengths, resets, zoneout, recompute)  # fmt: skip
 
 
 def gru(
@@ -89,6 +92,7 @@ def gru(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    recompute: bool = False,
     zoneout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Gated recurrent units over a whole sequence; arguments as :func:`lstm`.
@@ -102,7 +106,7 @@ def gru(
     Source: Cho et al. 2014.
     """
     return _call("gru", input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
-                 batch_first, batch_sizes, lengths, resets, zoneout)  # fmt: skip
+                 batch_first, batch_sizes, lengths, resets, zoneout, recompute)  # fmt: skip
 
 
 def rnn_tanh(
@@ -119,6 +123,7 @@ def rnn_tanh(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A simple recurrent network, h = tanh(W x + b + U h + c); arguments as :func:`gru`.
 
@@ -127,7 +132,7 @@ def rnn_tanh(
     Source: Elman 1990.
     """
     return _call("rnn_tanh", input, hx, params, has_biases, num_layers, dropout, train,
-                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0)  # fmt: skip
+                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0, recompute)  # fmt: skip
 
 
 def rnn_relu(
@@ -144,10 +149,11 @@ def rnn_relu(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A simple recurrent network, h = max(W x + b + U h + c, 0); arguments as :func:`rnn_tanh`."""
     return _call("rnn_relu", input, hx, params, has_biases, num_layers, dropout, train,
-                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0)  # fmt: skip
+                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0, recompute)  # fmt: skip
 
 
 def peephole_lstm(
@@ -164,6 +170,7 @@ def peephole_lstm(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """An LSTM whose gates see the cell state; arguments as :func:`lstm`.
 
@@ -173,7 +180,7 @@ def peephole_lstm(
     Source: Gers and Schmidhuber 2000; Graves 2013, equations 7 to 11.
     """
     return _call("peephole_lstm", input, hx, params, has_biases, num_layers, dropout, train,
-                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0)  # fmt: skip
+                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0, recompute)  # fmt: skip
 
 
 def layer_norm_lstm(
@@ -190,6 +197,7 @@ def layer_norm_lstm(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """An LSTM that normalises its sums and its cell state; arguments as :func:`lstm`.
 
@@ -199,7 +207,7 @@ def layer_norm_lstm(
     Source: Ba, Kiros and Hinton 2016, equations 20 to 22.
     """
     return _call("layer_norm_lstm", input, hx, params, has_biases, num_layers, dropout, train,
-                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0)  # fmt: skip
+                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0, recompute)  # fmt: skip
 
 
 # What torch computes itself, under the same names.
@@ -207,7 +215,7 @@ _TORCH = {name: getattr(torch, name) for name in ("lstm", "gru", "rnn_tanh", "rn
 
 
 def _call(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
-          batch_first, batch_sizes, lengths, resets, zoneout):  # fmt: skip
+          batch_first, batch_sizes, lengths, resets, zoneout, recompute):  # fmt: skip
     zoneout = _checks.check(cell, input, hx, params, has_biases, num_layers, dropout,
                             bidirectional, batch_first, batch_sizes, lengths, resets,
                             zoneout)  # fmt: skip
@@ -218,7 +226,7 @@ def _call(cell, input, hx, params, has_biases, num_layers, dropout, train, bidir
                          bidirectional, batch_first, batch_sizes)  # fmt: skip
     return stack(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
                  batch_first, batch_sizes, lengths, resets, zoneout,
-                 kernel=obstacle is None)  # fmt: skip
+                 recompute, kernel=obstacle is None)  # fmt: skip
 
 
 def _by_torch(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
@@ -246,7 +254,7 @@ def zero_states(cell, input, params, num_layers, bidirectional, batch_first, bat
 
 def stack(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
           batch_first, batch_sizes, lengths=None, resets=None, zoneout=(0.0, 0.0),
-          *, kernel=True):  # fmt: skip
+          recompute=False, *, kernel=True):  # fmt: skip
     """:func:`lstm` and the others once arguments are checked: layer by layer, by the kernel or by
     the reference."""
     by_row = batch_first and batch_sizes is None
@@ -278,7 +286,7 @@ def stack(cell, input, hx, params, has_biases, num_layers, dropout, train, bidir
             masks = _zoneout_masks(cell, x, weights, directions, zoneout, train)
         run = _layer_by_kernel if kernel else _layer_by_reference
         x, *final = run(cell, x, initial, weights, has_biases, directions, batch_sizes, lengths,
-                        resets, masks)  # fmt: skip
+                        resets, masks, recompute)  # fmt: skip
         finals.append(final)
         if dropout and train and layer + 1 < num_layers:
             x = torch.nn.functional.dropout(x, dropout, training=True)
@@ -305,7 +313,7 @@ def _zoneout_masks(cell, x, weights, directions, zoneout, train):
 
 
 def _layer_by_kernel(cell, x, states, weights, has_biases, directions, batch_sizes, lengths,
-                     resets, masks):  # fmt: skip
+                     resets, masks, recompute):  # fmt: skip
     settings = _op.Settings(
         _op.CELLS[f"zoneout_{cell}" if masks else cell].number,
         has_biases,
@@ -314,19 +322,20 @@ def _layer_by_kernel(cell, x, states, weights, has_biases, directions, batch_siz
         lengths,
         resets,
         masks,
+        recompute,
     )
     h0, c0 = (*states, None, None)[:2]
     if not torch.compiler.is_compiling():
         return _op.run(settings, x, h0, c0, weights)
     tensors = [t for t in (x, h0, c0, *weights) if t is not None]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    cell, has_biases, directions, *rest = settings
+    cell, has_biases, directions, *rest, _ = settings
     out = _op.recurrent_fwd(cell, x, h0, c0, weights, has_biases, directions, *rest, save)
     return out[:-1] if save else out
 
 
 def _layer_by_reference(cell, x, states, weights, has_biases, directions, batch_sizes, lengths,
-                        resets, masks):  # fmt: skip
+                        resets, masks, _recompute):  # fmt: skip
     kind = _reference.CELLS[cell]
     per_side = len(weights) // directions
     sides = []

@@ -20,6 +20,8 @@ class _FastLayer:
     """The forward pass all layers share; comes before a torch.nn layer among a class's bases."""
 
     zoneout: tuple[float, float] = (0.0, 0.0)
+    recompute = False
+    """Set it to keep less for the backward pass, at the price of running forward twice."""
 
     def forward(
         self,
@@ -75,11 +77,15 @@ class _FastLayer:
             obstacle = backends.recurrent_obstacle(self.cell_name, x, weights)
             if obstacle is not None and self._is_torchs:
                 return super().forward(input, hx)
-            output, *state = stack(self.cell_name, *call, kernel=obstacle is None)
+            output, *state = stack(
+                self.cell_name, *call, recompute=self.recompute, kernel=obstacle is None
+            )
         else:
-            zoneout = {"zoneout": self.zoneout} if any(self.zoneout) else {}
             function = getattr(functional, self.cell_name)
-            output, *state = function(*call, lengths=lengths, resets=resets, **zoneout)
+            keywords = {"lengths": lengths, "resets": resets, "recompute": self.recompute}
+            if any(self.zoneout):
+                keywords["zoneout"] = self.zoneout
+            output, *state = function(*call, **keywords)
         if unbatched:
             output, state = output.squeeze(1), [s.squeeze(1) for s in state]
         state = state[0] if len(state) == 1 else tuple(state)

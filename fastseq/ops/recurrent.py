@@ -1,6 +1,7 @@
 """``fastseq::recurrent_fwd`` and ``fastseq::recurrent_bwd``: one recurrent layer, a whole sequence.
 
-The schemas and CPU kernels are in csrc/ops/recurrent.cpp; here are shapes (for tracing) and autograd.
+The schemas and CPU kernels are in csrc/ops/recurrent.cpp; here are shapes (for tracing) and
+autograd.
 ``cell`` is a number: ``CELLS[name].number``. x [T, B, I], or packed [N, I] with ``batch_sizes``
 [T]; h0 [D, B, P] and c0 [D, B, H], None for zeros unless packed; ``weights`` of each direction in
 turn: w_ih [G*H, I], w_hh [G*H, P], with ``has_biases`` b_ih and b_hh [G*H], the cell's own
@@ -39,6 +40,8 @@ class Settings(NamedTuple):
     lengths: Tensor | None = None
     resets: Tensor | None = None
     masks: tuple[Tensor, ...] = ()
+    recompute: bool = False
+    """Keep nothing for the backward pass but what the op was given: it runs forward again."""
 
 
 def run(settings: Settings, x, h0, c0, weights) -> list[Tensor]:
@@ -47,9 +50,13 @@ def run(settings: Settings, x, h0, c0, weights) -> list[Tensor]:
     layer."""
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, *weights):
         return _apply(settings, x, h0, c0, *weights)
-    cell, has_biases, directions, *rest = settings
+    return _run_forward(settings, x, h0, c0, weights, save=False)
+
+
+def _run_forward(settings, x, h0, c0, weights, save):
+    cell, has_biases, directions, *rest, _ = settings
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward(cell, x, h0, c0, weights, has_biases, directions, *rest, False)
+        return _forward(cell, x, h0, c0, weights, has_biases, directions, *rest, save)
 
 
 def _fwd_fake(
@@ -124,12 +131,11 @@ class _Recurrent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings, x, h0, c0, *weights):
-        cell, has_biases, directions, *rest = settings
-        with torch._C._AutoDispatchBelowAutograd():
-            out = _forward(cell, x, h0, c0, weights, has_biases, directions, *rest, True)
+        out = _run_forward(settings, x, h0, c0, weights, save=not settings.recompute)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out.pop(), x, h0, c0, *weights)
+        saved = None if settings.recompute else out.pop()
+        ctx.save_for_backward(saved, x, h0, c0, *weights)
         return tuple(out)
 
     @staticmethod
@@ -141,7 +147,9 @@ class _Recurrent(torch.autograd.Function):
             return (None,) * (4 + len(weights))
         if torch.is_grad_enabled():
             return _backward_twice(ctx, (x, h0, c0, *weights), (dy, dh_n, dc_n))
-        cell, has_biases, directions, *rest = settings
+        if saved is None:
+            saved = _run_forward(settings, x, h0, c0, weights, save=True)[-1]
+        cell, has_biases, directions, *rest, _ = settings
         all_wanted = all(need)
         biases = [_is_bias(i, len(need) // directions, has_biases) for i in range(len(need))]
         need_dw = all_wanted or any(n and not b for n, b in zip(need, biases, strict=True))
