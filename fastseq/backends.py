@@ -70,10 +70,11 @@ def recurrent_obstacle(cell: str, x: Tensor, params: Sequence[Tensor]) -> str | 
         RuntimeError: it can't, and use_backend("cpu") is in force.
     """
     # A compiled graph is the same wherever it runs: no choice made around a call enters it.
-    forced = "auto" if torch.compiler.is_compiling() else _forced.get()
+    compiling = torch.compiler.is_compiling()
+    forced = "auto" if compiling else _forced.get()
     if forced == "torch":
         return _FORCED_TORCH
-    obstacle = _recurrent_obstacle(cell, x, params)
+    obstacle = _recurrent_obstacle(cell, x, params, compiling)
     if obstacle is not None and forced == "cpu":
         raise RuntimeError(
             f"fastseq.{cell}: expected a call the cpu backend can run, got: {obstacle}"
@@ -81,21 +82,20 @@ def recurrent_obstacle(cell: str, x: Tensor, params: Sequence[Tensor]) -> str | 
     return obstacle
 
 
-def _recurrent_obstacle(cell: str, x: Tensor, params: Sequence[Tensor]) -> str | None:
-    if not _native.loaded():
-        return _native.why_not_loaded()
+def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
     if cell not in CELLS:
-        return f"no kernel for {cell} yet"
+        return f"no kernel for {cell} yet" if _native.loaded() else _native.why_not_loaded()
     if not x.is_cpu:
         return f"no kernel for {x.device.type} tensors yet"
+    first = params[0]
+    # The op itself refuses weights that differ among themselves.
+    if not first.is_cpu:
+        return "input and weights differ in device"
     if x.dtype not in _KERNEL_DTYPES:
         return f"no kernel for {x.dtype}"
-    # The op itself refuses weights that differ among themselves.
-    if not params[0].is_cpu:
-        return "input and weights differ in device"
-    if params[0].dtype is not x.dtype and not torch.is_autocast_enabled("cpu"):
+    if first.dtype is not x.dtype and not torch.is_autocast_enabled("cpu"):
         return "input and weights differ in dtype"
-    if torch.compiler.is_compiling():
+    if compiling:
         return None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records torch's own operators"
@@ -118,7 +118,7 @@ def autocast_dtype(cell: str, x: Tensor, packed: bool) -> torch.dtype:
 def recurrent_explanation(cell: str, x: Tensor, params: Sequence[Tensor]) -> Explanation:
     """What :func:`recurrent_obstacle` finds, in words."""
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
-    obstacle = obstacle or _recurrent_obstacle(cell, x, params)
+    obstacle = obstacle or _recurrent_obstacle(cell, x, params, False)
     if obstacle is not None:
         return Explanation(cell, "torch", obstacle)
     return Explanation(cell, "cpu", f"the {_native.isa()} kernel ({_native.isa_reason()})")

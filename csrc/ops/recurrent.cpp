@@ -154,7 +154,9 @@ void check_weights(Call& c) {
     if (c.cell.params) check_tensor(c.op, "params", *c.weight(d, 4), c.x, {c.cell.params, s.H});
     if (c.projected) check_tensor(c.op, "w_hr", *c.weight(d, 5), c.x, {s.P, s.H});
   }
-  for (Tensor& w : c.weights) w = as_contiguous(w);
+  for (Tensor& w : c.weights) {
+    if (!w.is_contiguous()) w = as_contiguous(w);
+  }
 }
 
 Call make_call(const char* op, int64_t cell, Tensor x, OptionalTensor h0, OptionalTensor c0,

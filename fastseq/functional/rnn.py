@@ -257,48 +257,54 @@ def stack(cell, input, hx, params, has_biases, num_layers, dropout, train, bidir
           recompute=False, *, kernel=True):  # fmt: skip
     """:func:`lstm` and the others once arguments are checked: layer by layer, by the kernel or by
     the reference."""
+    x = input
     by_row = batch_first and batch_sizes is None
-    x = input.transpose(0, 1) if by_row else input
-    if resets is not None and by_row:
-        resets = resets.transpose(0, 1)
-    dtype = x.dtype
-    narrow = kernel and dtype not in (torch.float32, torch.float64)
-    autocast = kernel and torch.is_autocast_enabled("cpu")
-    if autocast:
-        dtype = backends.autocast_dtype(cell, x, batch_sizes is not None)
-        narrow = True
-    if hx is None and batch_sizes is not None:
-        states = zero_states(cell, input, params, num_layers, bidirectional, False, batch_sizes)
+    if by_row:
+        x = x.transpose(0, 1)
+        resets = resets if resets is None else resets.transpose(0, 1)
+    if hx is None:
+        states = ()
+        if batch_sizes is not None:
+            states = zero_states(cell, x, params, num_layers, bidirectional, False, batch_sizes)
     else:
-        states = [hx] if isinstance(hx, Tensor) else list(hx or ())
-    if narrow:
+        states = (hx,) if isinstance(hx, Tensor) else hx
+    rounded = None
+    if kernel:
+        if torch.is_autocast_enabled("cpu"):
+            rounded = backends.autocast_dtype(cell, x, batch_sizes is not None)
+        elif x.dtype not in (torch.float32, torch.float64):
+            rounded = x.dtype
+    if rounded is not None:
         # Sums and states in float32; what goes in and comes out is rounded once.
         x, states, params = x.float(), [s.float() for s in states], [p.float() for p in params]
     directions = 2 if bidirectional else 1
-    per_layer = len(params) // num_layers
-    finals = []
-    for layer in range(num_layers):
-        cells = slice(layer * directions, (layer + 1) * directions)
-        weights = params if num_layers == 1 else params[layer * per_layer : (layer + 1) * per_layer]
-        initial = states if num_layers == 1 else [state[cells] for state in states]
-        masks = ()
-        if zoneout[0] or zoneout[1]:
+    run = _layer_by_kernel if kernel else _layer_by_reference
+    if num_layers == 1 and zoneout == (0.0, 0.0):
+        x, *final = run(cell, x, states, params, has_biases, directions, batch_sizes, lengths,
+                        resets, (), recompute)  # fmt: skip
+    else:
+        per_layer = len(params) // num_layers
+        finals = []
+        for layer in range(num_layers):
+            weights = params[layer * per_layer : (layer + 1) * per_layer]
+            cells = slice(layer * directions, (layer + 1) * directions)
+            initial = [state[cells] for state in states]
             masks = _zoneout_masks(cell, x, weights, directions, zoneout, train)
-        run = _layer_by_kernel if kernel else _layer_by_reference
-        x, *final = run(cell, x, initial, weights, has_biases, directions, batch_sizes, lengths,
-                        resets, masks, recompute)  # fmt: skip
-        finals.append(final)
-        if dropout and train and layer + 1 < num_layers:
-            x = torch.nn.functional.dropout(x, dropout, training=True)
-    if num_layers > 1:
+            x, *final = run(cell, x, initial, weights, has_biases, directions, batch_sizes,
+                            lengths, resets, masks, recompute)  # fmt: skip
+            finals.append(final)
+            if dropout and train and layer + 1 < num_layers:
+                x = torch.nn.functional.dropout(x, dropout, training=True)
         final = [torch.cat(states) for states in zip(*finals, strict=True)]
-    if narrow:
-        x, final = x.to(dtype), [state.to(dtype) for state in final]
+    if rounded is not None:
+        x, final = x.to(rounded), [state.to(rounded) for state in final]
     return x.transpose(0, 1) if by_row else x, *final
 
 
 def _zoneout_masks(cell, x, weights, directions, zoneout, train):
     """What each direction keeps of h and of c: draws in training, else the probabilities."""
+    if not any(zoneout):
+        return ()
     kind = _reference.CELLS[cell]
     width = weights[0].shape[0] // kind.gates
     masks = []
@@ -314,15 +320,9 @@ def _zoneout_masks(cell, x, weights, directions, zoneout, train):
 
 def _layer_by_kernel(cell, x, states, weights, has_biases, directions, batch_sizes, lengths,
                      resets, masks, recompute):  # fmt: skip
+    number = _op.CELLS[f"zoneout_{cell}" if masks else cell].number
     settings = _op.Settings(
-        _op.CELLS[f"zoneout_{cell}" if masks else cell].number,
-        has_biases,
-        directions,
-        batch_sizes,
-        lengths,
-        resets,
-        masks,
-        recompute,
+        number, has_biases, directions, batch_sizes, lengths, resets, masks, recompute
     )
     h0, c0 = (*states, None, None)[:2]
     if not torch.compiler.is_compiling():

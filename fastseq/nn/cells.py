@@ -45,10 +45,8 @@ class _FastCell:
         after = [s[0] if batched else s[0, 0] for s in after]
         return after[0] if len(after) == 1 else tuple(after)
 
-    @property
-    def cell_name(self) -> str:
-        """Of the cell, a key of fastseq.reference.rnn.CELLS."""
-        return self._cell
+    cell_name: str
+    """Of the cell, a key of fastseq.reference.rnn.CELLS."""
 
     def _weights_now(self) -> list[Tensor] | None:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -71,13 +69,13 @@ class _FastCell:
 class LSTMCell(_FastCell, torch.nn.LSTMCell):
     """:class:`torch.nn.LSTMCell` on fastseq's kernels."""
 
-    _cell = "lstm"
+    cell_name = "lstm"
 
 
 class GRUCell(_FastCell, torch.nn.GRUCell):
     """:class:`torch.nn.GRUCell` on fastseq's kernels."""
 
-    _cell = "gru"
+    cell_name = "gru"
 
 
 class RNNCell(_FastCell, torch.nn.RNNCell):

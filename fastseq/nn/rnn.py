@@ -46,18 +46,17 @@ class _FastLayer:
         """
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
-        more = lengths is not None or resets is not None or any(self.zoneout)
+        more = lengths is not None or resets is not None or self.zoneout != (0.0, 0.0)
         weights = self._weights_now() if isinstance(x, Tensor) else None
-        unbatched = weights is not None and x.dim() == 2 and not packed
-        batch_first = self.batch_first and not unbatched
         batch_sizes = input.batch_sizes if packed else None
-        state = hx
+        batch_first, state = self.batch_first, hx
+        unbatched = weights is not None and not packed and x.dim() == 2
         if unbatched:
-            x = x.unsqueeze(1)
-            state = _with_batch(hx)
+            x, state, batch_first = x.unsqueeze(1), _with_batch(hx), False
             resets = resets if resets is None else resets.unsqueeze(1)
+        cell = self.cell_name
         serves = weights is not None and self._serves(x, state, batch_sizes, batch_first)
-        if not more and self._is_torchs and not serves:
+        if not serves and not more and self._is_torchs:
             return super().forward(input, hx)
         if packed and state is not None:
             state = self.permute_hidden(state, input.sorted_indices)
@@ -73,19 +72,16 @@ class _FastLayer:
             batch_first,
             batch_sizes,
         )
-        if not more and serves:
-            obstacle = backends.recurrent_obstacle(self.cell_name, x, weights)
+        if serves and not more:
+            obstacle = backends.recurrent_obstacle(cell, x, weights)
             if obstacle is not None and self._is_torchs:
                 return super().forward(input, hx)
-            output, *state = stack(
-                self.cell_name, *call, recompute=self.recompute, kernel=obstacle is None
-            )
+            output, *state = stack(cell, *call, recompute=self.recompute, kernel=obstacle is None)
         else:
-            function = getattr(functional, self.cell_name)
             keywords = {"lengths": lengths, "resets": resets, "recompute": self.recompute}
             if any(self.zoneout):
                 keywords["zoneout"] = self.zoneout
-            output, *state = function(*call, **keywords)
+            output, *state = getattr(functional, cell)(*call, **keywords)
         if unbatched:
             output, state = output.squeeze(1), [s.squeeze(1) for s in state]
         state = state[0] if len(state) == 1 else tuple(state)
@@ -96,22 +92,24 @@ class _FastLayer:
             state = self.permute_hidden(state, input.unsorted_indices)
         return output, state
 
-    @property
-    def cell_name(self) -> str:
-        """Of the cell, a key of fastseq.reference.rnn.CELLS."""
-        return self._cell
+    cell_name: str
+    """Of the cell, a key of fastseq.reference.rnn.CELLS."""
 
     # Whether torch has the same layer, to fall back on and to find the words for bad input.
     _is_torchs = True
 
     def _weights_now(self) -> list[Tensor] | None:
         """The weights as they stand, in torch's flat order; None where one is missing."""
-        params = self._parameters
-        weights = [params.get(name) for name in self._weight_names()]
-        if any(w is None for w in weights):
+        params, names = self._parameters, self._weight_names()
+        try:
+            weights = [params[name] for name in names]
+        except KeyError:
             # Weight norm, pruning and parametrizations put plain attributes in their place.
-            weights = [getattr(self, name, None) for name in self._weight_names()]
-        return None if any(w is None for w in weights) else weights
+            weights = [getattr(self, name, None) for name in names]
+        for w in weights:
+            if w is None:
+                return None
+        return weights
 
     def _weight_names(self) -> list[str]:
         return self._flat_weights_names
@@ -167,7 +165,7 @@ class LSTM(_FastLayer, torch.nn.LSTM):
             :func:`fastseq.functional.lstm`.
     """
 
-    _cell = "lstm"
+    cell_name = "lstm"
 
     def __init__(self, *args, zoneout: float | tuple[float, float] = 0.0, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -182,7 +180,7 @@ class GRU(_FastLayer, torch.nn.GRU):
             step before.
     """
 
-    _cell = "gru"
+    cell_name = "gru"
 
     def __init__(self, *args, zoneout: float = 0.0, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -231,7 +229,7 @@ class _OwnLSTM(_FastLayer, torch.nn.RNNBase):
         self._own_names = []
         for i, side in enumerate(f"_l{layer}{d}" for layer in range(num_layers) for d in sides):
             self._own_names += torchs[i * per_side : (i + 1) * per_side]
-            for kind, shape in CELLS[self._cell].extras.items():
+            for kind, shape in CELLS[self.cell_name].extras.items():
                 weight = torch.empty(shape(hidden_size), device=device, dtype=dtype)
                 setattr(self, kind + side, torch.nn.Parameter(weight))
                 self._own_names.append(kind + side)
@@ -264,7 +262,7 @@ class PeepholeLSTM(_OwnLSTM):
     Source: Gers and Schmidhuber 2000; Graves 2013, equations 7 to 11.
     """
 
-    _cell = "peephole_lstm"
+    cell_name = "peephole_lstm"
 
 
 class LayerNormLSTM(_OwnLSTM):
@@ -277,4 +275,4 @@ class LayerNormLSTM(_OwnLSTM):
     Source: Ba, Kiros and Hinton 2016, equations 20 to 22.
     """
 
-    _cell = "layer_norm_lstm"
+    cell_name = "layer_norm_lstm"

@@ -150,25 +150,31 @@ class _Recurrent(torch.autograd.Function):
         if saved is None:
             saved = _run_forward(settings, x, h0, c0, weights, save=True)[-1]
         cell, has_biases, directions, *rest, _ = settings
-        all_wanted = all(need)
-        biases = [_is_bias(i, len(need) // directions, has_biases) for i in range(len(need))]
-        need_dw = all_wanted or any(n and not b for n, b in zip(need, biases, strict=True))
-        need_db = has_biases and (all_wanted or any(map(bool.__and__, need, biases)))
+        need_dw, need_db = True, has_biases
+        if not all(need):
+            biases = [_is_bias(i, len(need) // directions, has_biases) for i in range(len(need))]
+            need_dw = any(n and not b for n, b in zip(need, biases, strict=True))
+            need_db = any(n and b for n, b in zip(need, biases, strict=True))
         need_dh0 = need_h0 or need_c0
-        grads = _backward(
-            cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, *rest, saved,
-            need_dx, need_dw, need_db, need_dh0,
-        )  # fmt: skip
-        if need_dx and all_wanted and not need_dh0:
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = _backward(
+                cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, *rest, saved,
+                need_dx, need_dw, need_db, need_dh0,
+            )  # fmt: skip
+        if need_dx and not need_dh0 and len(grads) == 1 + len(weights):
             dx, *dw = grads
-            return None, dx, None, None, *dw
-        found = iter(grads)
-        dx = next(found) if need_dx else None
-        dh0 = next(found) if need_dh0 else None
-        dc0 = next(found) if need_dh0 and _BY_NUMBER[cell].states == 2 else None
-        dw = [next(found) if (need_db if b else need_dw) else None for b in biases]
-        states = (dh0 if need_h0 else None, dc0 if need_c0 else None)
-        return None, dx, *states, *(g if n else None for g, n in zip(dw, need, strict=True))
+            dh0 = dc0 = None
+        else:
+            found = iter(grads)
+            dx = next(found) if need_dx else None
+            dh0 = next(found) if need_dh0 else None
+            dc0 = next(found) if need_dh0 and _BY_NUMBER[cell].states == 2 else None
+            dw = list(found)
+        if len(dw) < len(weights):
+            found = iter(dw)
+            dw = [next(found) if (need_db if b else need_dw) else None for b in biases]
+        # What was made beside what is wanted is dropped by autograd itself.
+        return None, dx, dh0, dc0, *dw
 
 
 # Function.apply less its search for torch.func transforms: under one, torch's own code runs.
