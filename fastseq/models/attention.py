@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastseq import nn
 from fastseq.models._steps import (
-    Step,
     after_start,
     check_source,
     check_target,
@@ -35,7 +34,7 @@ from fastseq.reference.attention import check_lengths, check_mask, length_mask
 __all__ = ["Attention", "Decoder", "Encoder", "Seq2Seq"]
 
 Attend = Callable[[Tensor], Tensor]
-"""query [B, H] -> weights [B, S]."""
+"""query [W * B, H] -> weights [W * B, S]."""
 
 
 def _unless_full(lengths: Tensor | None, src: Tensor) -> Tensor | None:
@@ -131,23 +130,65 @@ class Attention(nn.Module):
         if mask is not None:
             check_mask(mask, *encoder_outputs.shape[:2])
         padding = None if mask is None else ~mask
-        whole = not computes_as(self.attn, nn.Linear)
-        query_weight, keys = (None, None) if whole else self.split(encoder_outputs)
+        if not computes_as(self.attn, nn.Linear):
+            return _Attend(self, encoder_outputs, padding, None, None)
+        return _Attend(self, encoder_outputs, padding, *self.split(encoder_outputs))
 
-        def attend(hidden: Tensor) -> Tensor:
-            if whole:
-                query = hidden.unsqueeze(1).expand(-1, encoder_outputs.shape[1], -1)
-                energy = self.attn(torch.cat((query, encoder_outputs), dim=2))
-            else:
-                energy = F.linear(hidden, query_weight).unsqueeze(1) + keys
-            scores = self.v(energy.tanh()).squeeze(2)
-            if padding is None:
-                return F.softmax(scores, dim=1)
-            # Not -inf: it would make NaN, in the gradients too, of a row that is all padding.
-            scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
-            return F.softmax(scores, dim=1).masked_fill(padding, 0.0)
 
-        return attend
+class _Attend:
+    """What is left of an attention whose source is prepared: from queries to weights.
+
+    A source may be asked by several queries, the beams of a search: W * B rows of them, those of
+    one source in turn. Its keys are held once.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        encoder_outputs: Tensor,
+        padding: Tensor | None,
+        query_weight: Tensor | None,
+        keys: Tensor | None,
+    ) -> None:
+        self.attention = attention
+        self.encoder_outputs = encoder_outputs
+        self.padding = padding
+        self.query_weight = query_weight
+        self.keys = keys
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Weights [W * B, S] of queries [W * B, H]."""
+        batch, steps = self.encoder_outputs.shape[:2]
+        width = beams(hidden, self.encoder_outputs)
+        if self.keys is None:
+            shape = (batch, width, steps, -1)
+            query = hidden.view(batch, width, 1, hidden.shape[1]).expand(shape)
+            value = self.encoder_outputs.unsqueeze(1).expand(shape)
+            energy = self.attention.attn(torch.cat((query, value), dim=3))
+        else:
+            query = F.linear(hidden, self.query_weight)
+            energy = query.view(batch, width, 1, query.shape[1]) + self.keys.unsqueeze(1)
+        scores = self.attention.v(energy.tanh()).squeeze(3)
+        if self.padding is None:
+            return F.softmax(scores, dim=2).flatten(0, 1)
+        padding = self.padding.unsqueeze(1)
+        # Not -inf: it would make NaN, in the gradients too, of a row that is all padding.
+        scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
+        return F.softmax(scores, dim=2).masked_fill(padding, 0.0).flatten(0, 1)
+
+    def select(self, sources: Tensor) -> _Attend:
+        """The same for some of the sources, [N], int64: nothing is projected again."""
+        chosen = (
+            None if t is None else t.index_select(0, sources)
+            for t in (self.encoder_outputs, self.padding, self.keys)
+        )
+        encoder_outputs, padding, keys = chosen
+        return _Attend(self.attention, encoder_outputs, padding, self.query_weight, keys)
+
+
+def beams(hidden: Tensor, encoder_outputs: Tensor) -> int:
+    """How many rows of ``hidden`` [W * B, H] look at each source of [B, S, H]: W."""
+    return hidden.shape[0] // max(encoder_outputs.shape[0], 1) if hidden.shape[0] else 1
 
 
 class Decoder(nn.Module):
@@ -189,18 +230,13 @@ class Decoder(nn.Module):
         """
         return self.stepper(encoder_outputs, mask)(input, hidden, cell)
 
-    def stepper(self, encoder_outputs: Tensor, mask: Tensor | None = None) -> Step:
-        """Prepare a source: :meth:`forward` with its last two arguments given."""
-        attend = self._attend_to(encoder_outputs, mask)
+    def stepper(self, encoder_outputs: Tensor, mask: Tensor | None = None) -> Stepper:
+        """Prepare a source: :meth:`forward` with its last two arguments given.
 
-        def step(input: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
-            emb = embed(self.embedding, input, "models.attention.Decoder")
-            output, context, hidden, cell, weights = self._advance(
-                emb, hidden, cell, encoder_outputs, attend
-            )
-            return self.fc(torch.cat((output, context), dim=2)), hidden, cell, weights
-
-        return step
+        What is left also takes W rows for each source, W * B in all, those of one source in turn,
+        and ``select`` keeps some of the sources.
+        """
+        return Stepper(self, encoder_outputs, mask, self._attend_to(encoder_outputs, mask))
 
     def decode(
         self,
@@ -243,15 +279,54 @@ class Decoder(nn.Module):
     def _attend_to(self, encoder_outputs: Tensor, mask: Tensor | None) -> Attend:
         if computes_as(self.attention, Attention):
             return self.attention.attend_to(encoder_outputs, mask)
-        return lambda hidden: self.attention(hidden, encoder_outputs, mask)
+
+        def attend(hidden: Tensor) -> Tensor:
+            # A module of one's own takes one query a source: as many calls as there are beams.
+            queries = hidden.unflatten(0, (-1, beams(hidden, encoder_outputs))).unbind(1)
+            weights = [self.attention(query, encoder_outputs, mask) for query in queries]
+            return weights[0] if len(weights) == 1 else torch.stack(weights, dim=1).flatten(0, 1)
+
+        return attend
 
     def _advance(
         self, emb: Tensor, hidden: Tensor, cell: Tensor, encoder_outputs: Tensor, attend: Attend
     ) -> tuple[Tensor, ...]:
-        weights = attend(hidden[-1]).unsqueeze(1)
-        context = torch.bmm(weights, encoder_outputs)
+        weights = attend(hidden[-1])
+        width = beams(hidden[-1], encoder_outputs)
+        context = torch.bmm(weights.unflatten(0, (-1, width)), encoder_outputs)
+        context, weights = context.flatten(0, 1).unsqueeze(1), weights.unsqueeze(1)
         output, (hidden, cell) = self.lstm(torch.cat((emb, context), dim=2), (hidden, cell))
         return output, context, hidden, cell, weights
+
+
+class Stepper:
+    """A decoder on a prepared source: one step for the rows of its state."""
+
+    def __init__(
+        self, decoder: Decoder, encoder_outputs: Tensor, mask: Tensor | None, attend: Attend
+    ) -> None:
+        self._decoder = decoder
+        self._encoder_outputs = encoder_outputs
+        self._mask = mask
+        self._attend = attend
+
+    def __call__(self, input: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
+        """Arguments and results of :meth:`Decoder.forward`, for W * B rows."""
+        decoder = self._decoder
+        emb = embed(decoder.embedding, input, "models.attention.Decoder")
+        output, context, hidden, cell, weights = decoder._advance(
+            emb, hidden, cell, self._encoder_outputs, self._attend
+        )
+        return decoder.fc(torch.cat((output, context), dim=2)), hidden, cell, weights
+
+    def select(self, sources: Tensor) -> Stepper:
+        """The same decoder on some of the sources, [N], int64."""
+        decoder = self._decoder
+        mask = None if self._mask is None else self._mask.index_select(0, sources)
+        if isinstance(self._attend, _Attend):
+            attend = self._attend.select(sources)
+            return Stepper(decoder, attend.encoder_outputs, mask, attend)
+        return decoder.stepper(self._encoder_outputs.index_select(0, sources), mask)
 
 
 class Seq2Seq(nn.Module):
