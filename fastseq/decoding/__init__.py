@@ -1,5 +1,8 @@
 """Decoding: from a trained model and a source to a target."""
 
+from fastseq.decoding.beam import Beams, beam_search
 from fastseq.decoding.greedy import greedy
+from fastseq.decoding.next import next_tokens
+from fastseq.decoding.sampling import sample
 
-__all__ = ["greedy"]
+__all__ = ["Beams", "beam_search", "greedy", "next_tokens", "sample"]

@@ -281,3 +281,54 @@ def test_a_query_for_each_row():
     for attention in _attentions(3):
         with pytest.raises(RuntimeError):
             attention(torch.ones(1, 3).double(), torch.ones(2, 4, 3).double())
+
+
+def _hooked(attention):
+    attention.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("change", [None, _prune, _hooked])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_several_rows_ask_one_source(width, masked, change, make_pair, assert_same):
+    """As if the source were repeated for each, in values and gradients, for some sources too."""
+    B, S, H = 3, 5, 7
+    reference, fast = (model.decoder for model in make_pair("attention"))
+    for decoder in (reference, fast):
+        torch.manual_seed(2)
+        if change is not None:
+            change(decoder.attention)
+    mask = torch.rand(B, S) < 0.7 if masked else None
+    kept = torch.tensor([2, 0])
+    tokens = [torch.randint(11, (B * width, 1)), torch.randint(11, (2 * width, 1))]
+    later = (kept.unsqueeze(1) * width + torch.arange(width)).flatten()
+
+    def of_fast(outputs, h, c):
+        step = fast.stepper(outputs, mask)
+        _, h, c, first = step(tokens[0], h, c)
+        return first, *step.select(kept)(tokens[1], h[:, later], c[:, later])
+
+    def of_reference(outputs, h, c):
+        outputs = outputs.repeat_interleave(width, 0)
+        whole = None if mask is None else mask.repeat_interleave(width, 0)
+        _, h, c, first = reference(tokens[0], h, c, outputs, whole)
+        some = None if mask is None else whole[later]
+        return first, *reference(tokens[1], h[:, later], c[:, later], outputs[later], some)
+
+    inputs = {"outputs": torch.randn(B, S, H).double()}
+    inputs |= {name: torch.randn(1, B * width, H).double() for name in ("h", "c")}
+    shapes = [(B * width, 1, S), (2 * width, 1, 11)] + [(1, 2 * width, H)] * 2 + [(2 * width, 1, S)]
+    cotangents = [torch.randn(shape).double() for shape in shapes]
+    assert_same(
+        run_with_grads(of_fast, inputs, cotangents),
+        run_with_grads(of_reference, inputs, cotangents),
+    )
+
+
+def test_selecting_sources_projects_nothing_again(make_pair, monkeypatch):
+    decoder = make_pair("attention")[1].decoder
+    step = decoder.stepper(torch.randn(4, 5, 7).double(), None)
+    monkeypatch.setattr(fast_house.Attention, "split", None)
+    state = torch.randn(2, 1, 6, 7).double()
+    logits = step.select(torch.tensor([0, 3]))(torch.randint(11, (6, 1)), *state)[0]
+    assert logits.shape == (6, 1, 11)

@@ -1,0 +1,274 @@
+"""Beam search: the most probable target among those a few words wide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastseq.decoding._rows import PAD, Choice, Rows, a_token_each, check_max_length, decode
+from fastseq.decoding._top import descending, top
+
+__all__ = ["Beams", "beam_search"]
+
+
+class Beams(NamedTuple):
+    """What :func:`beam_search` returns."""
+
+    tokens: Tensor
+    scores: Tensor
+    lengths: Tensor
+
+
+@torch.no_grad()
+def beam_search(
+    model: nn.Module,
+    src: Tensor,
+    lengths: Tensor | None = None,
+    max_length: int = 100,
+    bos: int | Tensor = 2,
+    eos: int | Tensor | None = 3,
+    *,
+    width: int = 5,
+    n_best: int = 1,
+    length_penalty: float | str = 0.0,
+    min_length: int = 0,
+    early_stop: bool = True,
+    no_repeat_ngram: int = 0,
+) -> Beams:
+    """Search the most probable targets of a batch of sources with a Seq2Seq, fast or reference.
+
+    At each step the beam's hypotheses are continued by every token. A continuation by ``eos`` that
+    is among the ``width`` most probable ones is finished; the ``width`` most probable others are
+    the beam of the next step. Equally probable ones are taken in the order of their hypotheses,
+    then of their token ids. What the beam holds after ``max_length`` tokens is finished too,
+    without ``eos``. Finished hypotheses are ranked by
+
+        log P(tokens) / penalty(l)
+
+    with l the number of tokens, ``eos`` included. Sources that are done take no part in further
+    steps. A source's keys are held once for all its hypotheses.
+
+    The model's mode is left as it is: call ``model.eval()`` first where that matters.
+
+    Args:
+        model: with the ``encoder`` and ``decoder`` of a Seq2Seq, with or without attention.
+        src: source token ids, [B, S], int64.
+        lengths: tokens in each source row, [B], int64, between 1 and S; None: all are full.
+        max_length: the most tokens of a target.
+        bos: start token, or one for each row, [B], int64.
+        eos: token that ends a target, or one for each row, [B], int64; None: none does.
+        width: hypotheses a source, between 1 and V. With 1 and ``early_stop`` the result is that
+            of :func:`greedy`.
+        n_best: how many to return for each source, at most ``width``.
+        length_penalty: alpha of Wu's ((5 + l) / 6)^alpha, at least 0 (0: none), or "average" for l.
+        min_length: tokens a target has before ``eos`` at the least.
+        early_stop: end a source at ``width`` finished hypotheses. If False, only when nothing in
+            its beam can still come among its ``n_best``.
+        no_repeat_ngram: no target holds the same sequence of so many tokens twice; 0: it may.
+
+    Returns:
+        tokens: [B, n_best, N], int64, best first, N <= max_length: without the start token, with
+            ``eos`` where it came, and <pad> = 0 after it.
+        scores: [B, n_best], as above; minus infinity where there are no more; float64.
+        lengths: [B, n_best], int64: l, tokens with ``eos``.
+
+    Raises:
+        ValueError: an option out of range, ``bos`` or ``eos`` of another shape, ``lengths`` out of
+            range.
+        TypeError: ``lengths`` not int64.
+
+    Source: Sutskever, Vinyals, Le 2014 (search); Wu et al. 2016, "Google's Neural Machine
+    Translation System", equation 14 (penalty; without its coverage term).
+    """
+    options = _Options(
+        width, n_best, length_penalty, min_length, early_stop, no_repeat_ngram, max_length
+    )
+    start = a_token_each(bos, src, "bos", "beam_search")
+    ends = None if eos is None else a_token_each(eos, src, "eos", "beam_search")
+    rows = Rows(model, src, lengths, "beam_search")
+    search = _Search(rows, ends, options)
+    decode(rows, start, max_length, search.choose)
+    return search.result()
+
+
+@dataclass(frozen=True)
+class _Options:
+    width: int
+    n_best: int
+    length_penalty: float | str
+    min_length: int
+    early_stop: bool
+    no_repeat_ngram: int
+    max_length: int
+
+    def __post_init__(self) -> None:
+        check_max_length(self.max_length, "beam_search")
+        where = "fastseq.beam_search: expected"
+        if self.width < 1:
+            raise ValueError(f"{where} width of at least 1, got {self.width}")
+        if not 1 <= self.n_best <= self.width:
+            raise ValueError(
+                f"{where} n_best between 1 and width = {self.width}, got {self.n_best}"
+            )
+        penalty = self.length_penalty
+        if isinstance(penalty, str):
+            if penalty != "average":
+                raise ValueError(
+                    f"{where} length_penalty as a number or 'average', got {penalty!r}"
+                )
+        elif not 0 <= penalty < torch.inf:
+            raise ValueError(f"{where} length_penalty of at least 0, got {penalty}")
+        for name in ("min_length", "no_repeat_ngram"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{where} {name} of at least 0, got {getattr(self, name)}")
+
+    def penalty(self, length: int) -> float:
+        """What the log-probability of ``length`` tokens is divided by; grows with it."""
+        if self.length_penalty == "average":
+            return max(length, 1)
+        return ((5 + length) / 6) ** self.length_penalty
+
+
+class _Search:
+    """Hypotheses of every source: those in its beam, and the best of those that are finished.
+
+    Of ``tokens`` [B, W, l] and ``scores`` [B, W], log-probabilities, each row belongs to a source
+    left, of ``best`` and ``finished`` to a source given. A place in the beam that nothing fills
+    scores minus infinity.
+    """
+
+    def __init__(self, rows: Rows, ends: Tensor | None, options: _Options) -> None:
+        batch, n = rows.sources.shape[0], options.n_best
+        new = rows.sources.new_zeros
+        none = new((batch, n), dtype=torch.float64).fill_(-torch.inf)
+        self.rows, self.ends, self.options = rows, ends, options
+        self.tokens = new(batch, 1, 0)
+        self.scores = new((batch, 1), dtype=torch.float64)
+        self.finished = new(batch)
+        self.best = Beams(new(batch, n, 0), none, new(batch, n))
+        if options.max_length == 0:
+            self._finish(self.tokens, self.scores)
+
+    def choose(self, logits: Tensor, _: Tensor | None) -> Choice:
+        """Continue every hypothesis, [W * B, V], and keep the best continuations."""
+        width, length = self.options.width, self.tokens.shape[2] + 1
+        batch, beam = self.scores.shape
+        ends = None if self.ends is None else self.ends[self.rows.sources].unsqueeze(1)
+        if length == 1:
+            _check_vocabulary(logits.shape[1], width, ends)
+
+        total, parent, token = self._continuations(logits, ends)
+        ended = torch.zeros_like(token, dtype=torch.bool) if ends is None else token == ends
+        alive = total > -torch.inf
+        tokens = torch.cat((_pick(self.tokens, parent), token.unsqueeze(2)), dim=2)
+        stuck = ~alive.any(1, keepdim=True)
+        if bool(stuck.any()):
+            self._finish(self.tokens, self.scores.masked_fill(~stuck, -torch.inf))
+        counted = ended & alive
+        counted[:, width:] = False
+        if bool(counted.any()):
+            self._finish(tokens, total.masked_fill(~counted, -torch.inf))
+            self.finished.index_add_(0, self.rows.sources, counted.sum(1))
+
+        others = (ended | ~alive).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+        self.scores = total.masked_fill(ended, -torch.inf).gather(1, others)
+        self.tokens = _pick(tokens, others)
+        rows = torch.arange(batch, device=token.device).unsqueeze(1) * beam + parent
+        rows = rows.gather(1, others)
+        if length == self.options.max_length:
+            self._finish(self.tokens, self.scores)
+        going = ~self._done()
+        if bool(going.all()):
+            return Choice(self.tokens[:, :, -1].flatten(), rows.flatten())
+        kept = going.nonzero().squeeze(1)
+        self.scores, self.tokens = self.scores[kept], self.tokens[kept]
+        return Choice(self.tokens[:, :, -1].flatten(), rows[kept].flatten(), kept)
+
+    def result(self) -> Beams:
+        """The best finished hypotheses of every source, without columns that are all padding."""
+        longest = int(self.best.lengths.max()) if self.best.lengths.numel() else 0
+        return self.best._replace(tokens=self.best.tokens[:, :, :longest])
+
+    def _continuations(self, logits: Tensor, ends: Tensor | None) -> tuple[Tensor, ...]:
+        """The best 2 * width of each source, descending: score, place of the parent, token.
+
+        As many because each hypothesis has one continuation that ends it.
+        """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        whole = logits.logsumexp(1, keepdim=True)
+        allowed, (batch, beam) = self._allowed(logits, ends), self.scores.shape
+        wanted = min(2 * self.options.width, logits.shape[1])
+        values, token = top(allowed, wanted)
+        total = self.scores.view(-1, 1) + (values - whole)
+        total, place = descending(total.view(batch, beam * wanted))
+        total, place = (t[:, : 2 * self.options.width] for t in (total, place))
+        return total, place // wanted, token.view(batch, -1).gather(1, place)
+
+    def _allowed(self, logits: Tensor, ends: Tensor | None) -> Tensor:
+        """Logits [W * B, V] with minus infinity for what the options rule out."""
+        n, written = self.options.no_repeat_ngram, self.tokens.shape[2]
+        if ends is not None and written < self.options.min_length:
+            ends = ends.expand(self.scores.shape).reshape(-1, 1)
+            logits = logits.scatter(1, ends, -torch.inf)
+        if 0 < n <= written:
+            ngrams = self.tokens.flatten(0, 1).unfold(1, n, 1)
+            last = self.tokens.flatten(0, 1)[:, None, written - n + 1 :]
+            row, place = (ngrams[:, :, :-1] == last).all(2).nonzero(as_tuple=True)
+            logits = logits.clone()
+            logits[row, ngrams[row, place, -1]] = -torch.inf
+        return logits
+
+    def _finish(self, tokens: Tensor, scores: Tensor) -> None:
+        """Let hypotheses [B, N, l] of these log-probabilities compete for ``best``."""
+        length, sources = tokens.shape[2], self.rows.sources
+        widen = max(length - self.best.tokens.shape[2], 0)
+        self.best = self.best._replace(tokens=F.pad(self.best.tokens, (0, widen), value=PAD))
+        known = [t[sources] for t in self.best]
+        tokens = F.pad(tokens, (0, self.best.tokens.shape[2] - length), value=PAD)
+        ranked = torch.cat((known[1], scores / self.options.penalty(length)), dim=1)
+        ranked, place = (t[:, : self.options.n_best] for t in descending(ranked))
+        lengths = torch.cat((known[2], known[2].new_full(scores.shape, length)), dim=1)
+        none = ranked == -torch.inf
+        tokens = _pick(torch.cat((known[0], tokens), dim=1), place)
+        found = (
+            tokens.masked_fill(none.unsqueeze(2), PAD),
+            ranked,
+            lengths.gather(1, place).masked_fill(none, 0),
+        )
+        for all_of_them, new in zip(self.best, found, strict=True):
+            all_of_them.index_copy_(0, sources, new)
+
+    def _done(self) -> Tensor:
+        """Which of the sources left need no further step, [B], bool."""
+        options, sources = self.options, self.rows.sources
+        best_in_beam = self.scores.amax(1)
+        if self.tokens.shape[2] == options.max_length:
+            return torch.ones_like(sources, dtype=torch.bool)
+        if options.early_stop:
+            enough = self.finished[sources] >= options.width
+        else:
+            # Log-probabilities only fall, and no penalty is larger than that of the full length.
+            bound = best_in_beam / options.penalty(options.max_length)
+            enough = self.best.scores[sources, -1] >= bound
+        return enough | (best_in_beam == -torch.inf)
+
+
+def _pick(tokens: Tensor, places: Tensor) -> Tensor:
+    """Hypotheses [B, M, l] of ``tokens`` [B, N, l] at ``places`` [B, M]."""
+    return tokens.gather(1, places.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
+
+
+def _check_vocabulary(vocabulary: int, width: int, ends: Tensor | None) -> None:
+    if width > vocabulary:
+        raise ValueError(
+            f"fastseq.beam_search: expected width of at most V = {vocabulary}, got {width}"
+        )
+    if ends is not None and not bool(((ends >= 0) & (ends < vocabulary)).all()):
+        raise ValueError(
+            f"fastseq.beam_search: expected eos in 0..{vocabulary - 1}, "
+            f"got {sorted(set(ends.flatten().tolist()))}"
+        )

@@ -1,0 +1,102 @@
+"""Sampling: at each step a token drawn from the model's distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastseq.decoding._rows import Rows, a_token_each, check_max_length, write
+from fastseq.decoding._top import descending, top
+
+__all__ = ["sample"]
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    src: Tensor,
+    lengths: Tensor | None = None,
+    max_length: int = 100,
+    bos: int | Tensor = 2,
+    eos: int | Tensor | None = 3,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | int | None = None,
+) -> Tensor:
+    """Draw a target for each of a batch of sources from a Seq2Seq, fast or reference.
+
+    A token is drawn from softmax(logits / temperature) over, first, the ``top_k`` most probable
+    ones and, of these, the fewest most probable ones that hold ``top_p`` of the probability. A
+    row's draws are the same whenever the rows beside it end. Rows that have ended take no part in
+    further steps.
+
+    Args:
+        model: with the ``encoder`` and ``decoder`` of a Seq2Seq, with or without attention.
+        src: source token ids, [B, S], int64.
+        lengths: tokens in each source row, [B], int64, between 1 and S; None: all are full.
+        max_length: the most tokens to draw.
+        bos: start token, or one for each row, [B], int64.
+        eos: token that ends a row, or one for each row, [B], int64; None: no row ends early.
+        temperature: above 0: below 1 makes probable tokens more probable still.
+        top_k: at least 1; None, or above V: all.
+        top_p: above 0, at most 1.
+        generator: of the random numbers, or a seed; None: torch's own.
+
+    Returns:
+        Tokens, [B, N], int64, N <= max_length: without the start token, with ``eos`` where it came,
+        and <pad> = 0 after it.
+
+    Raises:
+        ValueError: an option out of range, ``bos`` or ``eos`` of another shape, ``lengths`` out of
+            range.
+        TypeError: ``lengths`` not int64.
+        RuntimeError: logits that are NaN or all minus infinity.
+
+    Source: Fan, Lewis, Dauphin 2018, "Hierarchical Neural Story Generation" (top-k); Holtzman et
+    al. 2020, "The Curious Case of Neural Text Degeneration" (nucleus).
+    """
+    where = "fastseq.sample: expected"
+    check_max_length(max_length, "sample")
+    if not 0 < temperature < torch.inf:
+        raise ValueError(f"{where} a finite temperature above 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"{where} top_k of at least 1, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"{where} top_p above 0 and at most 1, got {top_p}")
+    start = a_token_each(bos, src, "bos", "sample")
+    ends = None if eos is None else a_token_each(eos, src, "eos", "sample")
+    if isinstance(generator, int):
+        generator = torch.Generator(src.device).manual_seed(generator)
+    device = src.device if generator is None else generator.device
+    rows = Rows(model, src, lengths, "sample")
+
+    def pick(logits: Tensor) -> Tensor:
+        drawn = torch.rand(len(src), dtype=torch.float64, device=device, generator=generator)
+        return _draw(logits, drawn.to(src.device)[rows.sources], temperature, top_k, top_p)
+
+    return write(rows, start, ends, max_length, pick)[0]
+
+
+def _draw(
+    logits: Tensor, drawn: Tensor, temperature: float, top_k: int | None, top_p: float
+) -> Tensor:
+    """The tokens at which the CDFs of logits [B, V] pass the numbers drawn from [0, 1), [B]."""
+    kept = None
+    if top_k is not None and top_k < logits.shape[1]:
+        logits, kept = top(logits, top_k)
+    elif top_p < 1:
+        logits, kept = descending(logits)
+    logits = logits.double()
+    # Less the largest before the division: a small temperature must not overflow.
+    p = torch.softmax((logits - logits.amax(1, keepdim=True)) / temperature, dim=1)
+    cdf = p.cumsum(1)
+    if not bool(cdf.isfinite().all()):
+        raise RuntimeError("fastseq.sample: expected finite logits, got NaN or all minus infinity")
+    if top_p < 1:
+        cdf = p.masked_fill(F.pad(cdf[:, :-1], (1, 0)) >= top_p, 0).cumsum(1)
+    # The first place whose CDF is larger: never one of probability zero, nor beyond the last.
+    place = torch.searchsorted(cdf, (drawn * cdf[:, -1]).unsqueeze(1), right=True)
+    return (place if kept is None else kept.gather(1, place)).squeeze(1)
