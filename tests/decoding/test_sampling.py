@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastseq.decoding import greedy, next_tokens, sample
+from fastseq.decoding.sampling import _draw
 
 ROWS = 4000
 
@@ -142,6 +143,25 @@ def test_tokens_ruled_out_never_come(lookup):
 
     tokens = sample(lookup(11, some), torch.arange(500).unsqueeze(1), eos=None, max_length=5)
     assert set(tokens.unique().tolist()) <= {0, 3, 6, 9}
+
+
+def test_a_number_drawn_names_its_token():
+    """At the borders of the CDF: four tokens of exactly a quarter."""
+    logits = torch.zeros(7, 6)
+    logits[:, [0, 3]] = -math.inf
+    below = [0.25 - 2**-54, 0.75 - 2**-53, 1 - 2**-53]
+    drawn = torch.tensor([0.0, 0.25, 0.5, 0.75, *below], dtype=torch.float64)
+    assert _draw(logits, drawn, 1.0, None, 1.0).tolist() == [1, 2, 4, 5, 1, 4, 5]
+    # The fewest that reach top_p, and of two words of a half each.
+    for top_k, top_p, last in (
+        (None, 0.25, 1),
+        (None, 0.26, 2),
+        (None, 0.5, 2),
+        (None, 0.51, 4),
+        (2, 0.5, 1),
+        (2, 0.51, 2),
+    ):
+        assert _draw(logits[:2], drawn[[0, -1]], 1.0, top_k, top_p).tolist() == [1, last]
 
 
 def test_logits_that_are_no_distribution(lookup):
