@@ -21,18 +21,26 @@ def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values: [R, k], descending.
         indices: [R, k], int64; ascending where values are equal.
     """
-    beyond = min(k + 1, scores.shape[1])
-    values, indices = scores.topk(beyond, dim=1)
-    # Whether another element has an equal right to the last place.
-    cut = (values[:, k:] == values[:, k - 1 : k]) & (values[:, k:] > -torch.inf)
+    values, indices = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    # One further place tells whether an element left out equals the last one taken.
+    equal = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > -torch.inf)
     values, indices = values[:, :k], indices[:, :k]
-    if bool(cut.any()):
-        rows = cut.squeeze(1).nonzero().squeeze(1)
-        whole = scores[rows].sort(dim=1, descending=True, stable=True)
-        values = values.index_copy(0, rows, whole.values[:, :k])
-        indices = indices.index_copy(0, rows, whole.indices[:, :k])
-    indices, order = indices.sort(dim=1)
-    values, order = descending(values.gather(1, order))
+    if k and bool(equal.any()):
+        rows = equal.any(1).nonzero().squeeze(1)
+        again = _by_index(scores[rows], values[rows, k - 1 :], k)
+        values, indices = (
+            t.index_copy(0, rows, new) for t, new in zip((values, indices), again, strict=True)
+        )
+    return values, indices
+
+
+def _by_index(scores: Tensor, last: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`top` where ``last`` [R, 1] is the k-th largest: of its equals, the first ones."""
+    above, level = scores > last, scores == last
+    room = k - above.sum(1, keepdim=True)
+    taken = above | (level & (level.cumsum(1) <= room))
+    indices = taken.nonzero()[:, 1].view(-1, k)
+    values, order = descending(scores.gather(1, indices))
     return values, indices.gather(1, order)
 
 

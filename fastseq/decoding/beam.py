@@ -162,31 +162,23 @@ class _Search:
             _check_vocabulary(logits.shape[1], width, ends)
 
         total, parent, token = self._continuations(logits, ends)
-        ended = torch.zeros_like(token, dtype=torch.bool) if ends is None else token == ends
-        alive = total > -torch.inf
-        tokens = torch.cat((_pick(self.tokens, parent), token.unsqueeze(2)), dim=2)
-        stuck = ~alive.any(1, keepdim=True)
-        if bool(stuck.any()):
-            self._finish(self.tokens, self.scores.masked_fill(~stuck, -torch.inf))
-        counted = ended & alive
-        counted[:, width:] = False
-        if bool(counted.any()):
-            self._finish(tokens, total.masked_fill(~counted, -torch.inf))
-            self.finished.index_add_(0, self.rows.sources, counted.sum(1))
-
-        others = (ended | ~alive).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-        self.scores = total.masked_fill(ended, -torch.inf).gather(1, others)
-        self.tokens = _pick(tokens, others)
         rows = torch.arange(batch, device=token.device).unsqueeze(1) * beam + parent
-        rows = rows.gather(1, others)
+        tokens = torch.cat((_pick(self.tokens, parent), token.unsqueeze(2)), dim=2)
+        alive = total > -torch.inf
+        going_on = alive if ends is None else alive & (token != ends)
+        if not bool(going_on.all()):
+            self._finish_some(tokens, total, alive, going_on)
+            others = (~going_on).to(torch.uint8).argsort(dim=1, stable=True)
+            total = total.masked_fill(~going_on, -torch.inf).gather(1, others)
+            rows, tokens = rows.gather(1, others), _pick(tokens, others)
+        self.scores, self.tokens, rows = total[:, :width], tokens[:, :width], rows[:, :width]
         if length == self.options.max_length:
             self._finish(self.tokens, self.scores)
-        going = ~self._done()
-        if bool(going.all()):
-            return Choice(self.tokens[:, :, -1].flatten(), rows.flatten())
-        kept = going.nonzero().squeeze(1)
-        self.scores, self.tokens = self.scores[kept], self.tokens[kept]
-        return Choice(self.tokens[:, :, -1].flatten(), rows[kept].flatten(), kept)
+        kept, done = None, self._done()
+        if bool(done.any()):
+            kept = (~done).nonzero().squeeze(1)
+            self.scores, self.tokens, rows = self.scores[kept], self.tokens[kept], rows[kept]
+        return Choice(self.tokens[:, :, -1].flatten(), rows.flatten(), kept)
 
     def result(self) -> Beams:
         """The best finished hypotheses of every source, without columns that are all padding."""
@@ -199,14 +191,13 @@ class _Search:
         As many because each hypothesis has one continuation that ends it.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        whole = logits.logsumexp(1, keepdim=True)
         allowed, (batch, beam) = self._allowed(logits, ends), self.scores.shape
         wanted = min(2 * self.options.width, logits.shape[1])
         values, token = top(allowed, wanted)
-        total = self.scores.view(-1, 1) + (values - whole)
-        total, place = descending(total.view(batch, beam * wanted))
+        log_p = logits.log_softmax(1).gather(1, token).masked_fill(values == -torch.inf, -torch.inf)
+        total, place = descending((self.scores.reshape(-1, 1) + log_p).view(batch, beam * wanted))
         total, place = (t[:, : 2 * self.options.width] for t in (total, place))
-        return total, place // wanted, token.view(batch, -1).gather(1, place)
+        return total, place // wanted, token.reshape(batch, beam * wanted).gather(1, place)
 
     def _allowed(self, logits: Tensor, ends: Tensor | None) -> Tensor:
         """Logits [W * B, V] with minus infinity for what the options rule out."""
@@ -221,6 +212,17 @@ class _Search:
             logits = logits.clone()
             logits[row, ngrams[row, place, -1]] = -torch.inf
         return logits
+
+    def _finish_some(self, tokens: Tensor, total: Tensor, alive: Tensor, going_on: Tensor) -> None:
+        """Finish the continuations that end, and beams that nothing may follow, as they are."""
+        stuck = ~alive.any(1, keepdim=True)
+        if bool(stuck.any()):
+            self._finish(self.tokens, self.scores.masked_fill(~stuck, -torch.inf))
+        ended = alive & ~going_on
+        ended[:, self.options.width :] = False
+        if bool(ended.any()):
+            self._finish(tokens, total.masked_fill(~ended, -torch.inf))
+            self.finished.index_add_(0, self.rows.sources, ended.sum(1))
 
     def _finish(self, tokens: Tensor, scores: Tensor) -> None:
         """Let hypotheses [B, N, l] of these log-probabilities compete for ``best``."""

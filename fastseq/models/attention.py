@@ -164,11 +164,12 @@ class _Attend:
             shape = (batch, width, steps, -1)
             query = hidden.view(batch, width, 1, hidden.shape[1]).expand(shape)
             value = self.encoder_outputs.unsqueeze(1).expand(shape)
-            energy = self.attention.attn(torch.cat((query, value), dim=3))
+            energy = self.attention.attn(torch.cat((query, value), dim=3)).tanh()
         else:
             query = F.linear(hidden, self.query_weight)
             energy = query.view(batch, width, 1, query.shape[1]) + self.keys.unsqueeze(1)
-        scores = self.attention.v(energy.tanh()).squeeze(3)
+            energy = energy.tanh_()
+        scores = self.attention.v(energy).squeeze(3)
         if self.padding is None:
             return F.softmax(scores, dim=2).flatten(0, 1)
         padding = self.padding.unsqueeze(1)
