@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastseq.decoding import greedy, next_tokens, sample
+from fastseq.decoding import greedy, next_tokens, sample, sampling
 from fastseq.decoding.sampling import _draw
 
 ROWS = 4000
@@ -135,6 +135,16 @@ def test_all_tokens_where_nothing_is_left_out(model):
     # Sorted tokens take other draws, so only options that sort nothing.
     for options in ({"top_k": 9}, {"top_k": 1000}, {"top_p": 1.0}):
         assert torch.equal(sample(model, src, max_length=9, generator=2, **options), expected)
+
+
+def test_a_nucleus_larger_than_usual(lookup, monkeypatch):
+    """All are sorted then: no token is lost."""
+    model, src = lookup(50), torch.arange(200).unsqueeze(1)
+    options = {"max_length": 4, "eos": None, "generator": 3, "top_p": 0.8}
+    expected = sample(model, src, **options)
+    for usual in (1, 3, 10):
+        monkeypatch.setattr(sampling, "USUAL_NUCLEUS", usual)
+        assert torch.equal(sample(model, src, **options), expected)
 
 
 def test_tokens_ruled_out_never_come(lookup):

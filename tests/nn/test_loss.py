@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastseq.nn.loss import LinearCrossEntropy
-from fastseq.testing import assert_matches
+from fastseq.testing import assert_close_to_reference, assert_matches
 
 OPTIONS = [
     {},
@@ -79,6 +79,17 @@ def test_tied_weights_stay_tied():
     step.step()
     assert ours(embedding(tokens), tokens) < before
     assert ours.weight is embedding.weight
+
+
+def test_exports_for_any_number_of_rows():
+    ours = LinearCrossEntropy(6, 11, label_smoothing=0.1, weight=torch.rand(11))
+    hidden, target = torch.randn(5, 3, 6), torch.randint(11, (5, 3))
+    rows = torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(ours, (hidden, target), dynamic_shapes=({0: rows}, {0: rows}))
+    truth = copy.deepcopy(ours).double()
+    for count in (5, 2, 4):
+        found = program.module()(hidden[:count], target[:count])
+        assert_close_to_reference(found, truth(hidden[:count].double(), target[:count]), terms=100)
 
 
 def test_says_what_it_is():
