@@ -94,15 +94,16 @@ def _walk(
     dbias = hidden.new_zeros(V if need_bias else 0, dtype=wide)
     w = None if class_weight is None else class_weight.to(wide)
     buffer = hidden.new_empty(size, V)
-    log_buffer = buffer if wide == dtype else hidden.new_empty(size, V, dtype=wide)
+    wide_buffer = None if wide == dtype else hidden.new_empty(size, V, dtype=wide)
     for chunk in _chunks(rows, count, size):
         h, y = hidden[chunk], target[chunk].unsqueeze(1)
-        logits, log_p = buffer[: len(y)], log_buffer[: len(y)]
+        logits = buffer[: len(y)]
         if bias is None:
             torch.mm(h, weight.t(), out=logits)
         else:
             torch.addmm(bias, h, weight.t(), out=logits)
-        torch.log_softmax(log_p.copy_(logits) if log_p is not logits else logits, 1, out=log_p)
+        log_p = logits if wide_buffer is None else wide_buffer[: len(y)].copy_(logits)
+        torch.log_softmax(log_p, 1, out=log_p)
         picked_weight = None if w is None else w[y.squeeze(1)]
         loss = log_p.gather(1, y).squeeze(1).mul_(smoothing - 1)
         if w is not None:
@@ -115,11 +116,11 @@ def _walk(
             continue
         scale = None if row_scale is None else row_scale[chunk].to(wide)
         _dlogits(log_p, y, w, picked_weight, smoothing, scale)
-        d = log_p if logits is log_p else logits.copy_(log_p)
+        d = log_p if wide_buffer is None else logits.copy_(log_p)
         if need_hidden:
             dhidden[chunk] = torch.mm(d, weight)
         if need_weight:
-            if wide == dtype:
+            if wide_buffer is None:
                 dweight.addmm_(d.t(), h)
             else:
                 dweight.add_(torch.mm(d.t(), h))
