@@ -75,7 +75,7 @@ class Rows:
         outputs = self._step(token.unsqueeze(1), *self._state)
         end = 1 + len(self._state)
         self._state = tuple(outputs[1:end])
-        return outputs[0][:, -1], outputs[end][:, -1] if len(outputs) > end else None
+        return outputs[0].select(1, -1), outputs[end].select(1, -1) if len(outputs) > end else None
 
     def select(self, rows: Tensor | None, kept: Tensor | None) -> None:
         """Go on with some rows and some sources only.

@@ -170,12 +170,13 @@ class _Attend:
             energy = query.view(batch, width, 1, query.shape[1]) + self.keys.unsqueeze(1)
             energy = energy.tanh_()
         scores = self.attention.v(energy).squeeze(3)
+        shape = (hidden.shape[0], steps)
         if self.padding is None:
-            return F.softmax(scores, dim=2).flatten(0, 1)
+            return F.softmax(scores, dim=2).view(shape)
         padding = self.padding.unsqueeze(1)
         # Not -inf: it would make NaN, in the gradients too, of a row that is all padding.
         scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
-        return F.softmax(scores, dim=2).masked_fill(padding, 0.0).flatten(0, 1)
+        return F.softmax(scores, dim=2).masked_fill(padding, 0.0).view(shape)
 
     def select(self, sources: Tensor) -> _Attend:
         """The same for some of the sources, [N], int64: nothing is projected again."""
@@ -292,10 +293,11 @@ class Decoder(nn.Module):
     def _advance(
         self, emb: Tensor, hidden: Tensor, cell: Tensor, encoder_outputs: Tensor, attend: Attend
     ) -> tuple[Tensor, ...]:
+        batch, steps, features = encoder_outputs.shape
         weights = attend(hidden[-1])
-        width = beams(hidden[-1], encoder_outputs)
-        context = torch.bmm(weights.unflatten(0, (-1, width)), encoder_outputs)
-        context, weights = context.flatten(0, 1).unsqueeze(1), weights.unsqueeze(1)
+        each = weights.reshape(batch, beams(weights, encoder_outputs), steps)
+        context = torch.bmm(each, encoder_outputs).view(weights.shape[0], 1, features)
+        weights = weights.unsqueeze(1)
         output, (hidden, cell) = self.lstm(torch.cat((emb, context), dim=2), (hidden, cell))
         return output, context, hidden, cell, weights
 
