@@ -349,6 +349,7 @@ def test_compiles_in_one_graph(dynamic):
         compiled(*inputs.values())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_transforms_and_the_torch_backend():
     inputs = draw((3, 7), 4, 5)
     hidden, weight, bias, target = inputs.values()

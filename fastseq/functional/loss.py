@@ -32,9 +32,10 @@ def linear_cross_entropy(
 
     The value and gradients of ``F.cross_entropy(F.linear(hidden, weight, bias), target, ...)`` with
     logits [N, V] of the flattened rows. Rows that are ignored cost nothing. What is held beside
-    inputs and gradients is bounded by some 16 MiB, or a sixteenth of ``weight`` if that is more,
-    whatever N is. Gradients of gradients go through :mod:`fastseq.reference.loss` and do hold the
-    logits.
+    inputs and gradients does not grow with N beyond a chunk's logits: 16 MiB, or a sixteenth of
+    ``weight`` if that is more; in half precision half as much again, and the gradient of ``weight``
+    in float32 until the backward pass. Gradients of gradients go through
+    :mod:`fastseq.reference.loss` and do hold the logits.
 
     Args:
         hidden: [N, H], or any number of leading dimensions; float64, float32, bfloat16 or

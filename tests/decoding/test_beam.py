@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fastseq.decoding import beam_search, greedy
+from fastseq.decoding import beam_search, greedy, next_tokens, sample
 from fastseq.decoding._top import top
 from fastseq.models import attention as fast_house
 from fastseq.reference import attention as reference_house
@@ -350,6 +350,14 @@ def test_nothing_to_write(model):
     found = beam_search(model, torch.randint(9, (3, 4)), max_length=0, width=2, n_best=2)
     assert found.tokens.shape == (3, 2, 0)
     assert found.scores.tolist() == [[0.0, -math.inf]] * 3 and found.lengths.count_nonzero() == 0
+
+
+def test_no_sources(model):
+    src = torch.zeros(0, 4, dtype=torch.int64)
+    found = beam_search(model, src, width=2, n_best=2)
+    assert found.tokens.shape == (0, 2, 0) and found.scores.shape == found.lengths.shape == (0, 2)
+    assert greedy(model, src).shape == sample(model, src).shape == (0, 0)
+    assert next_tokens(model, src, k=3)[0].shape == (0, 3)
 
 
 def test_keys_are_held_once(monkeypatch):

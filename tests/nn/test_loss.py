@@ -15,11 +15,11 @@ OPTIONS = [
     {},
     {"bias": False, "reduction": "sum"},
     {"label_smoothing": 0.1, "ignore_index": 3},
-    {"weight": torch.rand(11) + 0.5, "reduction": "none"},
+    {"weight": torch.linspace(0.5, 1.5, 11), "reduction": "none"},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options))
 def test_is_linear_and_cross_entropy(options):
     torch.manual_seed(5)
     ours = LinearCrossEntropy(6, 11, **options)
