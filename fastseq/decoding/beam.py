@@ -44,8 +44,8 @@ def beam_search(
     At each step the beam's hypotheses are continued by every token. A continuation by ``eos`` that
     is among the ``width`` most probable ones is finished; the ``width`` most probable others are
     the beam of the next step. Equally probable ones are taken in the order of their hypotheses,
-    then of their token ids. What the beam holds after ``max_length`` tokens is finished too,
-    without ``eos``. Finished hypotheses are ranked by
+    then of their token ids. What the beam holds after ``max_length`` tokens, or where no token may
+    follow any of it, is finished too, without ``eos``. Finished hypotheses are ranked by
 
         log P(tokens) / penalty(l)
 
@@ -80,6 +80,7 @@ def beam_search(
         ValueError: an option out of range, ``bos`` or ``eos`` of another shape, ``lengths`` out of
             range.
         TypeError: ``lengths`` not int64.
+        RuntimeError: logits that are NaN.
 
     Source: Sutskever, Vinyals, Le 2014 (search); Wu et al. 2016, "Google's Neural Machine
     Translation System", equation 14 (penalty; without its coverage term).
@@ -215,6 +216,8 @@ class _Search:
 
     def _finish_some(self, tokens: Tensor, total: Tensor, alive: Tensor, going_on: Tensor) -> None:
         """Finish the continuations that end, and beams that nothing may follow, as they are."""
+        if bool(total.isnan().any()):
+            raise RuntimeError("fastseq.beam_search: expected logits without NaN, got some")
         stuck = ~alive.any(1, keepdim=True)
         if bool(stuck.any()):
             self._finish(self.tokens, self.scores.masked_fill(~stuck, -torch.inf))

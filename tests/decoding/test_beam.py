@@ -352,6 +352,12 @@ def test_nothing_to_write(model):
     assert found.scores.tolist() == [[0.0, -math.inf]] * 3 and found.lengths.count_nonzero() == 0
 
 
+def test_logits_that_are_nan(lookup):
+    model = lookup(6, lambda t: torch.full_like(t, math.nan))
+    with pytest.raises(RuntimeError, match="^fastseq.beam_search: expected logits without NaN"):
+        beam_search(model, torch.zeros(2, 1, dtype=torch.int64), width=2)
+
+
 def test_no_sources(model):
     src = torch.zeros(0, 4, dtype=torch.int64)
     found = beam_search(model, src, width=2, n_best=2)
