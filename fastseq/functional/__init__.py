@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastseq.functional.loss import linear_cross_entropy
 from fastseq.functional.rnn import (
     gru,
     layer_norm_lstm,
@@ -11,4 +12,12 @@ from fastseq.functional.rnn import (
     rnn_tanh,
 )
 
-__all__ = ["gru", "layer_norm_lstm", "lstm", "peephole_lstm", "rnn_relu", "rnn_tanh"]
+__all__ = [
+    "gru",
+    "layer_norm_lstm",
+    "linear_cross_entropy",
+    "lstm",
+    "peephole_lstm",
+    "rnn_relu",
+    "rnn_tanh",
+]
