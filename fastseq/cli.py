@@ -308,16 +308,26 @@ def translate(
     max_length: Annotated[
         int, typer.Option(min=1, help="Cut translations off after this many words.")
     ] = 100,
+    beam: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Hypotheses kept at each word; 1 always takes the most likely next word."
+        ),
+    ] = 1,
+    length_penalty: Annotated[
+        float,
+        typer.Option(min=0, help="With --beam: the higher, the longer translations may be."),
+    ] = 1.0,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Translate text with a trained model, always taking the most likely next word.
+    """Translate text with a trained model.
 
     The translation is in lower case, line for line. BLEU is sacrebleu's, without regard to case,
     with its signature.
 
     Example: `fastseq translate runs/de-en/best.pt --source test.de.gz
-    --reference-text test.en.gz --output test.out`
+    --reference-text test.en.gz --beam 5 --output test.out`
     """
     import torch
 
@@ -346,7 +356,9 @@ def translate(
     references = read_lines(reference_text) if reference_text else None
     if references is not None:
         check_line_counts({source: lines, str(reference_text): references})
-    translations = translate_lines(saved, lines, batch_size, max_length, where)
+    translations = translate_lines(
+        saved, lines, batch_size, max_length, where, beam=beam, length_penalty=length_penalty
+    )
     text = "".join(f"{line}\n" for line in translations)
     if output:
         with atomic_write(output) as temporary:

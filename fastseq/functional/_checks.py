@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastseq.reference.rnn import CELLS
 
-__all__ = ["check"]
+__all__ = ["NO_ZONEOUT", "Options", "check", "check_zoneout"]
+
+NO_ZONEOUT = (0.0, 0.0)
 
 
-def check(cell, input, hx, params, has_biases, num_layers, dropout, bidirectional, batch_first,
-          batch_sizes, lengths, resets, zoneout):  # fmt: skip
-    """Raise ValueError or TypeError for arguments that don't fit; return zoneout as a pair."""
+class Options(NamedTuple):
+    """What a recurrent function takes beside input, states and parameters."""
+
+    has_biases: bool = True
+    num_layers: int = 1
+    dropout: float = 0.0
+    train: bool = False
+    bidirectional: bool = False
+    batch_first: bool = False
+    batch_sizes: Tensor | None = None
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+    recompute: bool = False
+    zoneout: float | tuple[float, float] = NO_ZONEOUT
+
+
+def check(cell, input, hx, params, options: Options) -> Options:
+    """Raise ValueError or TypeError for what doesn't fit; return options with zoneout as a pair."""
+    has_biases, num_layers, dropout, _, bidirectional, batch_first, batch_sizes = options[:7]
+    lengths, resets = options.lengths, options.resets
     _check_kinds(cell, input, hx, params, batch_sizes)
     if num_layers < 1:
         raise ValueError(f"fastseq.{cell}: expected num_layers of at least 1, got {num_layers}")
@@ -32,7 +53,7 @@ def check(cell, input, hx, params, has_biases, num_layers, dropout, bidirectiona
         _check_lengths(cell, lengths, input, batch_first, batch_sizes)
     if resets is not None:
         _check_resets(cell, resets, input)
-    return check_zoneout(cell, zoneout)
+    return options._replace(zoneout=check_zoneout(cell, options.zoneout))
 
 
 def param_names(cell, count, has_biases, num_layers, bidirectional) -> list[str]:

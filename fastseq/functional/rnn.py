@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastseq import backends
-from fastseq.functional import _checks
+from fastseq.functional._checks import NO_ZONEOUT, Options, check
 from fastseq.ops import recurrent as _op
 from fastseq.reference import rnn as _reference
 
@@ -74,8 +74,9 @@ def lstm(
     Source: Hochreiter and Schmidhuber 1997; forget gate, Gers, Schmidhuber and Cummins 2000;
     projection, Sak, Senior and Beaufays 2014; zoneout, Krueger et al. 2016.
     """
-    return _call("lstm", input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
-                 batch_first, batch_sizes, lengths, resets, zoneout, recompute)  # fmt: skip
+    options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
+                      batch_sizes, lengths, resets, recompute, zoneout)  # fmt: skip
+    return _call("lstm", input, hx, params, options)
 
 
 def gru(
@@ -105,8 +106,9 @@ def gru(
 
     Source: Cho et al. 2014.
     """
-    return _call("gru", input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
-                 batch_first, batch_sizes, lengths, resets, zoneout, recompute)  # fmt: skip
+    options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
+                      batch_sizes, lengths, resets, recompute, zoneout)  # fmt: skip
+    return _call("gru", input, hx, params, options)
 
 
 def rnn_tanh(
@@ -131,8 +133,9 @@ def rnn_tanh(
 
     Source: Elman 1990.
     """
-    return _call("rnn_tanh", input, hx, params, has_biases, num_layers, dropout, train,
-                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0, recompute)  # fmt: skip
+    options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
+                      batch_sizes, lengths, resets, recompute)  # fmt: skip
+    return _call("rnn_tanh", input, hx, params, options)
 
 
 def rnn_relu(
@@ -152,8 +155,9 @@ def rnn_relu(
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A simple recurrent network, h = max(W x + b + U h + c, 0); arguments as :func:`rnn_tanh`."""
-    return _call("rnn_relu", input, hx, params, has_biases, num_layers, dropout, train,
-                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0, recompute)  # fmt: skip
+    options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
+                      batch_sizes, lengths, resets, recompute)  # fmt: skip
+    return _call("rnn_relu", input, hx, params, options)
 
 
 def peephole_lstm(
@@ -179,8 +183,9 @@ def peephole_lstm(
 
     Source: Gers and Schmidhuber 2000; Graves 2013, equations 7 to 11.
     """
-    return _call("peephole_lstm", input, hx, params, has_biases, num_layers, dropout, train,
-                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0, recompute)  # fmt: skip
+    options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
+                      batch_sizes, lengths, resets, recompute)  # fmt: skip
+    return _call("peephole_lstm", input, hx, params, options)
 
 
 def layer_norm_lstm(
@@ -206,57 +211,55 @@ def layer_norm_lstm(
 
     Source: Ba, Kiros and Hinton 2016, equations 20 to 22.
     """
-    return _call("layer_norm_lstm", input, hx, params, has_biases, num_layers, dropout, train,
-                 bidirectional, batch_first, batch_sizes, lengths, resets, 0.0, recompute)  # fmt: skip
+    options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
+                      batch_sizes, lengths, resets, recompute)  # fmt: skip
+    return _call("layer_norm_lstm", input, hx, params, options)
 
 
 # What torch computes itself, under the same names.
 _TORCH = {name: getattr(torch, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
 
 
-def _call(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
-          batch_first, batch_sizes, lengths, resets, zoneout, recompute):  # fmt: skip
-    zoneout = _checks.check(cell, input, hx, params, has_biases, num_layers, dropout,
-                            bidirectional, batch_first, batch_sizes, lengths, resets,
-                            zoneout)  # fmt: skip
+def _call(cell, input, hx, params, options):
+    options = check(cell, input, hx, params, options)
     obstacle = backends.recurrent_obstacle(cell, input, params)
-    plain = lengths is None and resets is None and not any(zoneout)
-    if obstacle is not None and plain and cell in _TORCH:
-        return _by_torch(cell, input, hx, params, has_biases, num_layers, dropout, train,
-                         bidirectional, batch_first, batch_sizes)  # fmt: skip
-    return stack(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
-                 batch_first, batch_sizes, lengths, resets, zoneout,
-                 recompute, kernel=obstacle is None)  # fmt: skip
+    if obstacle is None:
+        return stack(cell, input, hx, params, options)
+    plain = options.lengths is None and options.resets is None and options.zoneout == NO_ZONEOUT
+    if plain and cell in _TORCH:
+        return _by_torch(cell, input, hx, params, options)
+    return stack(cell, input, hx, params, options, kernel=False)
 
 
-def _by_torch(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
-              batch_first, batch_sizes):  # fmt: skip
+def _by_torch(cell, input, hx, params, options):
     if hx is None:
-        hx = zero_states(cell, input, params, num_layers, bidirectional, batch_first, batch_sizes)
+        hx = zero_states(cell, input, params, options)
         hx = hx[0] if len(hx) == 1 else tuple(hx)
+    has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes = options[:7]
     rest = (list(params), has_biases, num_layers, dropout, train, bidirectional)
     if batch_sizes is not None:
         return _TORCH[cell](input, batch_sizes, hx, *rest)
     return _TORCH[cell](input, hx, *rest, batch_first)
 
 
-def zero_states(cell, input, params, num_layers, bidirectional, batch_first, batch_sizes):
+def zero_states(cell, input, params, options):
     """Initial states of zeros, [L*D, B, P] and, for cells with two, [L*D, B, H]."""
     kind = _reference.CELLS[cell]
-    if batch_sizes is not None:
-        batch = int(batch_sizes[0]) if len(batch_sizes) else 0
+    sizes = options.batch_sizes
+    if sizes is not None:
+        batch = int(sizes[0]) if len(sizes) else 0
     else:
-        batch = input.shape[0 if batch_first else 1]
-    cells = num_layers * (2 if bidirectional else 1)
+        batch = input.shape[0 if options.batch_first else 1]
+    cells = options.num_layers * (2 if options.bidirectional else 1)
     widths = (params[1].shape[1], params[0].shape[0] // kind.gates)[: kind.states]
     return [input.new_zeros(cells, batch, width) for width in widths]
 
 
-def stack(cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
-          batch_first, batch_sizes, lengths=None, resets=None, zoneout=(0.0, 0.0),
-          recompute=False, *, kernel=True):  # fmt: skip
+def stack(cell, input, hx, params, options, *, kernel=True):
     """:func:`lstm` and the others once arguments are checked: layer by layer, by the kernel or by
     the reference."""
+    (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, lengths,
+     resets, recompute, zoneout) = options  # fmt: skip
     x = input
     by_row = batch_first and batch_sizes is None
     if by_row:
@@ -265,7 +268,7 @@ def stack(cell, input, hx, params, has_biases, num_layers, dropout, train, bidir
     if hx is None:
         states = ()
         if batch_sizes is not None:
-            states = zero_states(cell, x, params, num_layers, bidirectional, False, batch_sizes)
+            states = zero_states(cell, input, params, options)
     else:
         states = (hx,) if isinstance(hx, Tensor) else hx
     rounded = None
@@ -279,7 +282,7 @@ def stack(cell, input, hx, params, has_biases, num_layers, dropout, train, bidir
         x, states, params = x.float(), [s.float() for s in states], [p.float() for p in params]
     directions = 2 if bidirectional else 1
     run = _layer_by_kernel if kernel else _layer_by_reference
-    if num_layers == 1 and zoneout == (0.0, 0.0):
+    if num_layers == 1 and zoneout == NO_ZONEOUT:
         x, *final = run(cell, x, states, params, has_biases, directions, batch_sizes, lengths,
                         resets, (), recompute)  # fmt: skip
     else:

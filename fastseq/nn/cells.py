@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseq import backends
+from fastseq.functional._checks import Options
 from fastseq.functional.rnn import stack
 from fastseq.reference.rnn import CELLS
 
@@ -38,8 +39,7 @@ class _FastCell:
         x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
         leading = (1,) if batched else (1, 1)
         initial = [s.expand(*leading, *s.shape) for s in states] or None
-        _, *after = stack(self.cell_name, x, initial, weights, len(weights) == 4, 1, 0.0, False,
-                          False, False, None)  # fmt: skip
+        _, *after = stack(self.cell_name, x, initial, weights, Options(len(weights) == 4))
         if torch.is_autocast_enabled("cpu") and CELLS[self.cell_name].gates > 1:
             after = [s.to(input.dtype) for s in after]
         after = [s[0] if batched else s[0, 0] for s in after]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq import backends, functional
-from fastseq.functional._checks import check_zoneout
+from fastseq import backends
+from fastseq.functional._checks import NO_ZONEOUT, Options, check, check_zoneout
 from fastseq.functional.rnn import stack
 from fastseq.reference.rnn import CELLS
 
@@ -19,7 +19,7 @@ __all__ = ["GRU", "LSTM", "RNN", "LayerNormLSTM", "PeepholeLSTM"]
 class _FastLayer:
     """The forward pass all layers share; comes before a torch.nn layer among a class's bases."""
 
-    zoneout: tuple[float, float] = (0.0, 0.0)
+    zoneout: tuple[float, float] = NO_ZONEOUT
     recompute = False
     """Set it to keep less for the backward pass, at the price of running forward twice."""
 
@@ -46,7 +46,7 @@ class _FastLayer:
         """
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
-        more = lengths is not None or resets is not None or self.zoneout != (0.0, 0.0)
+        more = lengths is not None or resets is not None or self.zoneout != NO_ZONEOUT
         weights = self._weights_now() if isinstance(x, Tensor) else None
         batch_sizes = input.batch_sizes if packed else None
         batch_first, state = self.batch_first, hx
@@ -60,10 +60,7 @@ class _FastLayer:
             return super().forward(input, hx)
         if packed and state is not None:
             state = self.permute_hidden(state, input.sorted_indices)
-        call = (
-            x,
-            state,
-            weights,
+        options = Options(
             self.bias,
             self.num_layers,
             self.dropout,
@@ -71,17 +68,17 @@ class _FastLayer:
             self.bidirectional,
             batch_first,
             batch_sizes,
+            lengths,
+            resets,
+            self.recompute,
+            self.zoneout,
         )
-        if serves and not more:
-            obstacle = backends.recurrent_obstacle(cell, x, weights)
-            if obstacle is not None and self._is_torchs:
-                return super().forward(input, hx)
-            output, *state = stack(cell, *call, recompute=self.recompute, kernel=obstacle is None)
-        else:
-            keywords = {"lengths": lengths, "resets": resets, "recompute": self.recompute}
-            if any(self.zoneout):
-                keywords["zoneout"] = self.zoneout
-            output, *state = getattr(functional, cell)(*call, **keywords)
+        if more or not serves:
+            options = check(cell, x, state, weights, options)
+        obstacle = backends.recurrent_obstacle(cell, x, weights)
+        if obstacle is not None and not more and self._is_torchs:
+            return super().forward(input, hx)
+        output, *state = stack(cell, x, state, weights, options, kernel=obstacle is None)
         if unbatched:
             output, state = output.squeeze(1), [s.squeeze(1) for s in state]
         state = state[0] if len(state) == 1 else tuple(state)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from fastseq.decoding import greedy
+from fastseq.decoding import beam_search, greedy
 from fastseq.training.checkpoint import Checkpoint
 from fastseq.training.data import make_pair, pad, plan
 from fastseq.training.vocabulary import BOS, EOS, detokenise, tokenise
@@ -21,8 +21,11 @@ def translate(
     batch_size: int = 64,
     max_length: int = 100,
     device: str | torch.device = "cpu",
+    *,
+    beam: int = 1,
+    length_penalty: float = 1.0,
 ) -> list[str]:
-    """Translate sentences greedily, with a progress bar if standard error is a terminal.
+    """Translate sentences, with a progress bar if standard error is a terminal.
 
     Args:
         checkpoint: from training.
@@ -30,6 +33,8 @@ def translate(
         batch_size: sentences decoded together.
         max_length: the most words a translation may have.
         device: where to compute.
+        beam: width of the search; 1: greedy.
+        length_penalty: of the search, as in :func:`fastseq.decoding.beam_search`.
 
     Returns:
         A lower-case translation for each line, in their order; an empty one for a line without
@@ -42,14 +47,25 @@ def translate(
     with tqdm(total=len(lines), unit="sentence", leave=False, disable=None) as bar:
         for indices in plan(lengths, batch_size):
             rows = [sources[index] for index in indices]
-            decoded = greedy(
-                model,
-                pad(rows).to(device),
-                lengths=torch.tensor([len(row) for row in rows]),
-                max_length=max_length,
-                bos=BOS,
-                eos=EOS,
-            )
+            arguments = {
+                "lengths": torch.tensor([len(row) for row in rows]),
+                "max_length": max_length,
+                "bos": BOS,
+                "eos": EOS,
+            }
+            source = pad(rows).to(device)
+            if beam == 1:
+                decoded = greedy(model, source, **arguments)
+            else:
+                found = beam_search(
+                    model,
+                    source,
+                    **arguments,
+                    # A vocabulary may have fewer words than the search is wide.
+                    width=min(beam, len(checkpoint.target)),
+                    length_penalty=length_penalty,
+                )
+                decoded = found.tokens[:, 0]
             for index, ids in zip(indices, decoded.tolist(), strict=True):
                 # A source of nothing but <eos>.
                 if lengths[index] > 1:
