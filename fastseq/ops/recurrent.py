@@ -173,8 +173,8 @@ class _Recurrent(torch.autograd.Function):
         if len(dw) < len(weights):
             found = iter(dw)
             dw = [next(found) if (need_db if b else need_dw) else None for b in biases]
-        # What was made beside what is wanted is dropped by autograd itself.
-        return None, dx, dh0, dc0, *dw
+        # Weights that want none are sent theirs all the same: autograd drops it.
+        return None, dx, dh0 if need_h0 else None, dc0 if need_c0 else None, *dw
 
 
 # Function.apply less its search for torch.func transforms: under one, torch's own code runs.

@@ -20,6 +20,7 @@ struct Gemm {
   T* c;
   int64_t ldc;
   bool accumulate;
+  int64_t chain;  // products summed up in a row; 0: as many as usual
 };
 
 }  // namespace fastseq

@@ -63,9 +63,9 @@ void pack_a(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t k0, int64_t k1, T*
 
 // kRows rows of A by `Vectors` vectors of packed B, to sums [kRows][Vectors][lanes].
 template <class T, int Vectors, class A>
-FASTSEQ_TILE void gemm_sums(int64_t K, const A& a, const T* b, T* sums) {
+FASTSEQ_TILE void gemm_sums(int64_t K, const A& a, const T* b, int64_t chain, T* sums) {
   Vec<T> acc[kRows][Vectors] = {};
-  multiply<T, kRows, Vectors, 1>(K, a, b, 0, acc);
+  multiply<T, kRows, Vectors, 1>(K, a, b, 0, acc, nullptr, chain);
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
@@ -77,7 +77,7 @@ template <class T, int Vectors, class A>
 FASTSEQ_INLINE void gemm_tile(const Gemm<T>& g, int64_t m, int64_t n, int64_t K, const A& a,
                               const T* b, int rows, int cols, bool accumulate) {
   alignas(64) T sums[kRows * Vectors * kLanes<T>];
-  gemm_sums<T, Vectors>(K, a, b, sums);
+  gemm_sums<T, Vectors>(K, a, b, g.chain ? g.chain : kChain, sums);
   for (int i = 0; i < rows; ++i) {
     T* row = (g.c_rows ? g.c_rows[m + i] : g.c + (m + i) * g.ldc) + n;
     for (int v = 0; v < Vectors; ++v) {
@@ -160,27 +160,24 @@ void gemm_part(const Gemm<T>& g, int64_t part, int64_t parts, const GemmBlocks<T
   }
 }
 
-// out[n] = sum over k of a[k * lda + n], for n in [n0, n1): partial sums of kBlockK rows.
+// out[n] = sum over k of a[k * lda + n], for n in [n0, n1): sums of kLeaf rows, kLeaf of which are
+// added up before they are added to the total.
 template <class T>
 void column_sums(const T* a, int64_t K, int64_t n0, int64_t n1, int64_t lda, T* out) {
-  for (int64_t n = n0; n < n1; n += kPanel<T>) {
-    Vec<T> total[kPanelVectors] = {};
-    for (int64_t k0 = 0; k0 < K; k0 += kBlockK) {
-      Vec<T> part[kPanelVectors] = {};
-      for (int64_t k = k0; k < min64(k0 + kBlockK, K); ++k) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kPanelVectors; ++v) {
-          const int64_t column = n + v * kLanes<T>;
-          if (column < n1)
-            part[v] += load(a + k * lda + column, int(min64(kPanel<T>, n1 - column)));
-        }
+  constexpr int64_t kLeaf = 32;
+  for (int64_t n = n0; n < n1; n += kLanes<T>) {
+    const int lanes = int(min64(kLanes<T>, n1 - n));
+    Vec<T> total{}, branch{};
+    for (int64_t k0 = 0; k0 < K; k0 += kLeaf) {
+      Vec<T> leaf{};
+      for (int64_t k = k0; k < min64(k0 + kLeaf, K); ++k) leaf += load(a + k * lda + n, lanes);
+      branch += leaf;
+      if ((k0 / kLeaf + 1) % kLeaf == 0) {
+        total += branch;
+        branch = Vec<T>{};
       }
-      for (int v = 0; v < kPanelVectors; ++v) total[v] += part[v];
     }
-    for (int v = 0; v < kPanelVectors; ++v) {
-      const int64_t column = n + v * kLanes<T>;
-      if (column < n1) store(out + column, total[v], int(min64(kPanel<T>, n1 - column)));
-    }
+    store(out + n, total + branch, lanes);
   }
 }
 

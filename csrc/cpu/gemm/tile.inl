@@ -43,6 +43,9 @@ struct ColumnsOfA {
 // Chains end, and their sums are added up, every so many k: the rounding of a sum grows with the
 // length of a chain.
 constexpr int64_t kChain = 128;
+// For sums over K tokens, most accurate at the square root of K: chains and what they add up to are
+// then equally long. Below 32 the adding up would cost more than a tenth.
+inline int64_t chain_over(int64_t K) { return K <= 1024 ? 32 : K <= 4096 ? 64 : kChain; }
 
 // acc[m][v] += sum over k in [k0, k1) of A[m][k] * B[k][v]. B: `Panels` panels of `Vectors` vectors
 // a k, [K][Vectors * lanes], `panel_stride` elements apart. Few rows take several panels, for sums
@@ -110,19 +113,20 @@ FASTSEQ_INLINE void add_chain(bool first, bool last, T* total, Vec<T> (&sums)[Ro
   }
 }
 
-// The same over all of [0, K), in chains of kChain.
+// The same over all of [0, K), in chains.
 template <class T, int Rows, int Vectors, int Panels, bool Fetch, class A>
 FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64_t panel_stride,
-                                    Vec<T> (&acc)[Rows][Panels * Vectors], const T* soon) {
-  if (K <= kChain) {
+                                    Vec<T> (&acc)[Rows][Panels * Vectors], const T* soon,
+                                    int64_t chain) {
+  if (K <= chain) {
     multiply_chain<T, Rows, Vectors, Panels, Fetch>(0, K, a, panel, panel_stride, acc, soon);
     return;
   }
   alignas(64) T total[Rows * Panels * Vectors * kLanes<T>];
   int64_t k0 = 0;
   if constexpr (Rows * Panels * Vectors < 8) {
-    for (; k0 + kChain < K; k0 += 2 * kChain) {
-      const int64_t k1 = k0 + kChain, k2 = min64(k1 + kChain, K);
+    for (; k0 + chain < K; k0 += 2 * chain) {
+      const int64_t k1 = k0 + chain, k2 = min64(k1 + chain, K);
       Vec<T> other[Rows][Panels * Vectors] = {};
       multiply_two_chains<T, Rows, Vectors, Panels>(k0, k1, k2, a, panel, panel_stride, acc, other);
       add_chain<T>(k0 == 0, false, total, acc);
@@ -133,10 +137,10 @@ FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64
       return;
     }
   }
-  for (; k0 < K; k0 += kChain) {
-    multiply_chain<T, Rows, Vectors, Panels, Fetch>(k0, min64(k0 + kChain, K), a, panel,
+  for (; k0 < K; k0 += chain) {
+    multiply_chain<T, Rows, Vectors, Panels, Fetch>(k0, min64(k0 + chain, K), a, panel,
                                                     panel_stride, acc, soon);
-    add_chain<T>(k0 == 0, k0 + kChain >= K, total, acc);
+    add_chain<T>(k0 == 0, k0 + chain >= K, total, acc);
   }
 }
 
@@ -144,11 +148,12 @@ FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64
 // already takes the few buffers that the panel itself needs.)
 template <class T, int Rows, int Vectors, int Panels, class A>
 FASTSEQ_INLINE void multiply(int64_t K, const A& a, const T* panel, int64_t panel_stride,
-                             Vec<T> (&acc)[Rows][Panels * Vectors], const T* soon = nullptr) {
+                             Vec<T> (&acc)[Rows][Panels * Vectors], const T* soon = nullptr,
+                             int64_t chain = kChain) {
   if (soon) {
-    multiply_chains<T, Rows, Vectors, Panels, true>(K, a, panel, panel_stride, acc, soon);
+    multiply_chains<T, Rows, Vectors, Panels, true>(K, a, panel, panel_stride, acc, soon, chain);
   } else {
-    multiply_chains<T, Rows, Vectors, Panels, false>(K, a, panel, panel_stride, acc, soon);
+    multiply_chains<T, Rows, Vectors, Panels, false>(K, a, panel, panel_stride, acc, soon, chain);
   }
 }
 

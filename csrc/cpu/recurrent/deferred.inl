@@ -87,6 +87,7 @@ struct Deferred {
     g.a = a;
     g.a_m = 1;
     g.a_k = row;
+    g.chain = chain_over(K);
     return g;
   }
   Gemm<T> over_tokens(const T* a, int64_t row, int64_t M) const {
