@@ -75,7 +75,16 @@ def recurrent_obstacle(cell: str, x: Tensor, params: Sequence[Tensor]) -> str | 
     if forced == "torch":
         return _FORCED_TORCH
     obstacle = _recurrent_obstacle(cell, x, params, compiling)
-    if obstacle is not None and forced == "cpu":
+    return None if obstacle is None else refuse(cell, obstacle)
+
+
+def refuse(cell: str, obstacle: str) -> str:
+    """The obstacle, where another backend may run the call.
+
+    Raises:
+        RuntimeError: use_backend("cpu") is in force.
+    """
+    if not torch.compiler.is_compiling() and _forced.get() == "cpu":
         raise RuntimeError(
             f"fastseq.{cell}: expected a call the cpu backend can run, got: {obstacle}"
         )

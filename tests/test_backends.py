@@ -28,9 +28,9 @@ CALLS = {
     "float64": (dict(dtype=torch.float64), "cpu", ""),
     "stacked": (dict(num_layers=2, dropout=0.3, bidirectional=True), "cpu", ""),
     "no bias": (dict(bias=False, batch_first=True), "cpu", ""),
-    "projected": (dict(proj_size=3), "torch", "proj_size"),
-    "bfloat16": (dict(dtype=torch.bfloat16), "torch", "bfloat16"),
-    "float16": (dict(dtype=torch.float16), "torch", "float16"),
+    "projected": (dict(proj_size=3), "cpu", ""),
+    "bfloat16": (dict(dtype=torch.bfloat16), "cpu", ""),
+    "float16": (dict(dtype=torch.float16), "cpu", ""),
     "meta": (dict(device="meta"), "torch", "meta"),
 }
 
@@ -53,7 +53,9 @@ def test_explain_of_a_function():
     assert fastseq.explain(functional.lstm, case.inputs["x"], None, params).backend == "cpu"
     half = [p.bfloat16() for p in params]
     explanation = fastseq.explain(functional.lstm, case.inputs["x"].bfloat16(), None, half)
-    assert explanation.backend == "torch" and "bfloat16" in str(explanation)
+    assert explanation.backend == "cpu"
+    explanation = fastseq.explain(functional.layer_norm_lstm, case.inputs["x"], None, params)
+    assert explanation.backend == "torch" and "layer_norm_lstm" in str(explanation)
 
 
 @native
@@ -61,7 +63,7 @@ def test_explain_under_autocast():
     module, x = lstm_and_input()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         explanation = fastseq.explain(module, x)
-    assert explanation.backend == "torch" and "autocast" in str(explanation)
+    assert explanation.backend == "cpu"
 
 
 def test_explain_computes_nothing():

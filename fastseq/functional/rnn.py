@@ -76,7 +76,7 @@ def lstm(
     """
     options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
                       batch_sizes, lengths, resets, recompute, zoneout)  # fmt: skip
-    return _call("lstm", input, hx, params, options)
+    return call("lstm", input, hx, params, options)
 
 
 def gru(
@@ -108,7 +108,7 @@ def gru(
     """
     options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
                       batch_sizes, lengths, resets, recompute, zoneout)  # fmt: skip
-    return _call("gru", input, hx, params, options)
+    return call("gru", input, hx, params, options)
 
 
 def rnn_tanh(
@@ -135,7 +135,7 @@ def rnn_tanh(
     """
     options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
                       batch_sizes, lengths, resets, recompute)  # fmt: skip
-    return _call("rnn_tanh", input, hx, params, options)
+    return call("rnn_tanh", input, hx, params, options)
 
 
 def rnn_relu(
@@ -157,7 +157,7 @@ def rnn_relu(
     """A simple recurrent network, h = max(W x + b + U h + c, 0); arguments as :func:`rnn_tanh`."""
     options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
                       batch_sizes, lengths, resets, recompute)  # fmt: skip
-    return _call("rnn_relu", input, hx, params, options)
+    return call("rnn_relu", input, hx, params, options)
 
 
 def peephole_lstm(
@@ -185,7 +185,7 @@ def peephole_lstm(
     """
     options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
                       batch_sizes, lengths, resets, recompute)  # fmt: skip
-    return _call("peephole_lstm", input, hx, params, options)
+    return call("peephole_lstm", input, hx, params, options)
 
 
 def layer_norm_lstm(
@@ -213,16 +213,20 @@ def layer_norm_lstm(
     """
     options = Options(has_biases, num_layers, dropout, train, bidirectional, batch_first,
                       batch_sizes, lengths, resets, recompute)  # fmt: skip
-    return _call("layer_norm_lstm", input, hx, params, options)
+    return call("layer_norm_lstm", input, hx, params, options)
 
 
 # What torch computes itself, under the same names.
 _TORCH = {name: getattr(torch, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
 
 
-def _call(cell, input, hx, params, options):
+def call(cell, input, hx, params, options):
+    """:func:`lstm` and the others: checked, then by the kernel, torch or the reference."""
     options = check(cell, input, hx, params, options)
     obstacle = backends.recurrent_obstacle(cell, input, params)
+    sides = options.num_layers * (2 if options.bidirectional else 1)
+    if obstacle is None and options.zoneout != NO_ZONEOUT and len(params) // sides % 2:
+        obstacle = backends.refuse(cell, "no kernel for zoneout of a projected LSTM yet")
     if obstacle is None:
         return stack(cell, input, hx, params, options)
     plain = options.lengths is None and options.resets is None and options.zoneout == NO_ZONEOUT
@@ -309,9 +313,9 @@ def _zoneout_masks(cell, x, weights, directions, zoneout, train):
     if not any(zoneout):
         return ()
     kind = _reference.CELLS[cell]
-    width = weights[0].shape[0] // kind.gates
+    widths = (weights[1].shape[1], weights[0].shape[0] // kind.gates)[: kind.states]
     masks = []
-    for p in zoneout[: kind.states] * directions:
+    for p, width in zip(zoneout[: kind.states] * directions, widths * directions, strict=True):
         if train:
             drawn = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
             masks.append(drawn.bernoulli_(p))

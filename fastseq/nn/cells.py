@@ -8,6 +8,7 @@ from torch import Tensor
 from fastseq import backends
 from fastseq.functional._checks import Options
 from fastseq.functional.rnn import stack
+from fastseq.nn.rnn import name_forward
 from fastseq.reference.rnn import CELLS
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -15,6 +16,11 @@ __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 class _FastCell:
     """The forward pass all cells share; comes before a torch.nn cell among a class's bases."""
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ == __name__:
+            name_forward(cls, _FastCell.forward)
 
     def forward(
         self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from types import FunctionType
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backends
-from fastseq.functional._checks import NO_ZONEOUT, Options, check, check_zoneout
-from fastseq.functional.rnn import stack
+from fastseq.functional._checks import NO_ZONEOUT, Options, check_zoneout
+from fastseq.functional.rnn import call, stack
 from fastseq.reference.rnn import CELLS
 
 __all__ = ["GRU", "LSTM", "RNN", "LayerNormLSTM", "PeepholeLSTM"]
 
 
+def name_forward(cls: type, shared: FunctionType) -> None:
+    """Give a class ``shared`` as its own forward: Python's words for a missing or unknown argument
+    name the function's class, as they do in torch."""
+    own = FunctionType(
+        shared.__code__, shared.__globals__, "forward", shared.__defaults__, shared.__closure__
+    )
+    functools.update_wrapper(own, shared)
+    del own.__wrapped__
+    own.__qualname__ = f"{cls.__name__}.forward"
+    cls.forward = own
+
+
 class _FastLayer:
     """The forward pass all layers share; comes before a torch.nn layer among a class's bases."""
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ == __name__:
+            name_forward(cls, _FastLayer.forward)
 
     zoneout: tuple[float, float] = NO_ZONEOUT
     recompute = False
@@ -73,12 +92,13 @@ class _FastLayer:
             self.recompute,
             self.zoneout,
         )
-        if more or not serves:
-            options = check(cell, x, state, weights, options)
-        obstacle = backends.recurrent_obstacle(cell, x, weights)
-        if obstacle is not None and not more and self._is_torchs:
-            return super().forward(input, hx)
-        output, *state = stack(cell, x, state, weights, options, kernel=obstacle is None)
+        if serves and not more:
+            obstacle = backends.recurrent_obstacle(cell, x, weights)
+            if obstacle is not None and self._is_torchs:
+                return super().forward(input, hx)
+            output, *state = stack(cell, x, state, weights, options, kernel=obstacle is None)
+        else:
+            output, *state = call(cell, x, state, weights, options)
         if unbatched:
             output, state = output.squeeze(1), [s.squeeze(1) for s in state]
         state = state[0] if len(state) == 1 else tuple(state)

@@ -10,7 +10,7 @@ import torch
 from fastseq import nn
 from fastseq.testing import assert_close_to_reference
 
-OURS = {"LSTM"}
+OURS = {"GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"}
 PUBLIC = [name for name in dir(torch.nn) if not name.startswith("_")]
 
 
