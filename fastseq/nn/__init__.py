@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch.nn as _torch_nn
 
+from fastseq.nn.rnn import LSTM as LSTM
 from fastseq.nn.scores import AdditiveAttention as AdditiveAttention
 from fastseq.nn.scores import ConcatAttention as ConcatAttention
 from fastseq.nn.scores import DotAttention as DotAttention
 from fastseq.nn.scores import GeneralAttention as GeneralAttention
 from fastseq.nn.scores import LocationAttention as LocationAttention
-from fastseq.nn.rnn import LSTM as LSTM
 
 ACCELERATED = ("LSTM",)
 ADDED = (

@@ -23,12 +23,16 @@ def _gpu(name: str):
     """Fastseq's Triton kernel ``name`` where it can run, else plain PyTorch."""
     plain = getattr(attention_plain, name)
 
-    def call(query, *rest):
+    # The backward operators' first tensors are the cotangents.
+    first = 0 if name.endswith("fwd") else 2
+
+    def call(*arguments):
         # Imported at the first call: triton is slow to import and may not be there.
         from fastseq.kernels import attention as kernels
 
-        run = plain if kernels.obstacle(query, *rest) else getattr(kernels, name)
-        return run(query, *rest)
+        query, keys, values = arguments[first : first + 3]
+        run = plain if kernels.obstacle(query, keys, values) else kernels.kernel(name)
+        return run(*arguments)
 
     return call
 

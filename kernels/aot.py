@@ -1,0 +1,261 @@
+"""Compile every kernel for GPUs that are not here, and hold each to a budget.
+
+python -m fastseq.kernels.aot [--quick] [--target sm_90]
+
+Needs triton and no GPU: the compilers for NVIDIA and AMD, and the tool that reads registers and
+spills out of a binary, come with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ._lang import COMPILER
+from .attention.additive_bwd import additive_bwd_kernel
+from .attention.additive_fwd import additive_fwd_kernel
+from .attention.dot_fwd import dot_fwd_kernel
+from .attention.softmax import merge_kernel, scores_bwd_kernel
+from .attention.tuned import DEFAULTS
+
+__all__ = ["BUDGETS", "TARGETS", "Resources", "Variant", "compile_variant", "variants"]
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+KERNELS = {
+    "additive_fwd": additive_fwd_kernel,
+    "additive_bwd": additive_bwd_kernel,
+    "dot_fwd": dot_fwd_kernel,
+    "scores_bwd": scores_bwd_kernel,
+    "merge": merge_kernel,
+}
+_TYPES = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
+# Tensors of a fixed type, whatever the call's.
+_FIXED = {
+    "mask": "*u8",
+    "lengths": "*i64",
+    "scores": "*fp32",
+    "partial": "*fp32",
+    "peaks": "*fp32",
+    "d_p": "*fp32",
+    "d_query": "*fp32",
+    "d_v": "*fp32",
+}
+_STRIDED = re.compile(r"stride_[qkve][bqs]$|^[KC]$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: bytes of shared memory a program, registers a thread, bytes or
+    registers spilled."""
+
+    shared: int
+    registers: int
+    spills: int
+
+    def within(self, budget: Resources) -> bool:
+        return all(
+            mine <= most
+            for mine, most in zip(
+                dataclasses.astuple(self), dataclasses.astuple(budget), strict=True
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way a kernel is compiled: ``absent`` names tensors that are None."""
+
+    stage: str
+    dtype: str
+    single: bool = False
+    absent: tuple[str, ...] = ()
+    whole: bool = True
+    precision: str = "ieee"
+    tanh: str = "rcp"
+
+    def __str__(self) -> str:
+        said = [self.stage, self.dtype, "one query" if self.single else "queries"]
+        said += [f"no {name}" for name in self.absent]
+        said += [] if self.whole else ["parts"]
+        said += [] if self.precision == "ieee" else [self.precision]
+        said += [] if self.tanh == "rcp" else [f"{self.tanh} tanh"]
+        return " ".join(said)
+
+    @property
+    def config(self) -> dict[str, object]:
+        if self.stage == "merge":
+            return dict(LANES=8, BLOCK_S=1024, BLOCK_C=128, num_warps=4)
+        return dict(DEFAULTS[self.stage, self.single]) | {
+            "WHOLE": self.whole,
+            "PRECISION": self.precision,
+            "UPCAST": False,
+            "TANH": self.tanh,
+        }
+
+
+# Shared memory, registers and spills, by stage: what the defaults take, and a little room. Two
+# programs of 128 threads and 255 registers fit a multiprocessor; a spill never does.
+BUDGETS = {
+    "additive_fwd": Resources(48 << 10, 168, 0),
+    "additive_bwd": Resources(2 << 10, 168, 0),
+    "dot_fwd": Resources(64 << 10, 168, 0),
+    "scores_bwd": Resources(64 << 10, 168, 0),
+    "merge": Resources(16 << 10, 128, 0),
+}
+
+
+def variants(quick: bool = False) -> Iterator[Variant]:
+    """Every combination a launcher can ask for, or enough to meet each option of each kernel."""
+    if quick:
+        yield Variant("additive_fwd", "f32", absent=("partial", "peaks"))
+        yield Variant("additive_fwd", "bf16", True, ("extra", "mask", "lengths"), whole=False)
+        yield Variant("additive_bwd", "f32")
+        yield Variant("dot_fwd", "bf16", absent=("mask", "partial", "peaks"))
+        yield Variant("dot_fwd", "f32", True, ("partial", "peaks"))
+        yield Variant("scores_bwd", "f32", absent=("d_weights",))
+        yield Variant("merge", "f32")
+        return
+    whole = {True: ("partial", "peaks"), False: ()}
+    for dtype, single in itertools.product(_TYPES, (False, True)):
+        precisions = ("ieee", "tf32x3", "tf32") if dtype == "f32" else ("ieee",)
+        for stage, precision, together in itertools.product(
+            ("additive_fwd", "dot_fwd"), precisions, (True, False)
+        ):
+            options = (
+                ("extra", "mask", "lengths") if stage == "additive_fwd" else ("mask", "lengths")
+            )
+            for absent in _subsets(options):
+                tanh = "fast" if precision == "tf32" else "rcp"
+                yield Variant(
+                    stage, dtype, single, absent + whole[together], together, precision, tanh
+                )
+        for absent in _subsets(("extra", "lengths")):
+            for tanh in ("rcp", "fast"):
+                yield Variant("additive_bwd", dtype, single, absent, tanh=tanh)
+        for precision, lost in itertools.product(precisions, ((), ("d_context",), ("d_weights",))):
+            for absent in (lost, (*lost, "lengths")):
+                yield Variant("scores_bwd", dtype, single, absent, precision=precision)
+    for dtype, absent in itertools.product(_TYPES, ((), ("lengths",))):
+        yield Variant("merge", dtype, absent=absent)
+
+
+def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    for size in range(len(names) + 1):
+        yield from itertools.combinations(names, size)
+
+
+def _source(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
+    kernel = KERNELS[variant.stage]
+    config = variant.config
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in variant.absent:
+            signature[name], constants[name] = "constexpr", None
+        elif name.isupper() and name in config:
+            signature[name], constants[name] = "constexpr", config[name]
+        elif name == "scale":
+            signature[name] = "fp32"
+        elif name in ("B", "Q", "S", "K", "C", "parts", "span") or name.startswith("stride"):
+            signature[name] = "i32"
+            # As a call with widths that are multiples of 16 is specialised.
+            if _STRIDED.match(name):
+                attributes[index,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = _FIXED.get(name, _TYPES[variant.dtype])
+            attributes[index,] = [["tt.divisibility", 16]]
+    if variant.stage == "additive_bwd":
+        signature["d_scores"] = "*fp32"
+    options = {name: config[name] for name in ("num_warps", "num_stages") if name in config}
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compile_variant(variant: Variant, target: str) -> Resources:
+    """Compile for a target of ``TARGETS`` and read what the result takes.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    if TARGETS[target].backend == "hip":
+        # The other forms are instructions of NVIDIA's.
+        variant = dataclasses.replace(variant, tanh="exact")
+    source, options = _source(variant)
+    try:
+        compiled = triton.compile(source, target=TARGETS[target], options=options | COMPILER)
+    except Exception as error:
+        raise RuntimeError(f"fastseq.kernels.aot: {variant} for {target}: {error}") from error
+    if "amdgcn" in compiled.asm:
+        registers, spills = _amd_usage(compiled.asm["amdgcn"])
+    else:
+        registers, spills = _nvidia_usage(compiled.asm["cubin"])
+    return Resources(compiled.metadata.shared, registers, spills)
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    said = done.stdout + done.stderr
+    registers = int(re.search(r"REG:(\d+)", said)[1])
+    # What does not fit registers lives in the stack frame, in local memory.
+    return registers, int(re.search(r"STACK:(\d+)", said)[1])
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    return field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile, print what each variant takes; 1 where one fails or exceeds its budget."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastseq.kernels.aot", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="a few variants of each kernel")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="all by default")
+    arguments = parser.parse_args(argv)
+    failed = 0
+    for variant, target in itertools.product(
+        variants(arguments.quick), arguments.target or TARGETS
+    ):
+        budget = BUDGETS[variant.stage]
+        try:
+            found = compile_variant(variant, target)
+        except RuntimeError as error:
+            failed += 1
+            print(error)
+            continue
+        verdict = "ok" if found.within(budget) else f"above {budget}"
+        failed += not found.within(budget)
+        print(
+            f"{target} {variant}: {found.shared} B, {found.registers} regs, "
+            f"{found.spills} spilled: {verdict}",
+            flush=True,
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
