@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
+    "BACKEND",
     "INTERPRET",
-    "COMPILER",
     "PRECISION",
     "attended",
+    "compiler_options",
     "last_contiguous",
     "offset",
     "on",
@@ -27,11 +28,13 @@ __all__ = [
 
 # Triton's own test of the variable; its interpreter runs kernels on CPU tensors, with numpy.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# Whether a product followed by a sum becomes one rounding: Triton's default has changed.
-COMPILER = {} if INTERPRET else {"enable_fp_fusion": True}
-
 # torch's float32 matmul precision -> Triton's for the products of float32 tiles.
-PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+PRECISION = {
+    "cuda": {"highest": "ieee", "high": "tf32x3", "medium": "tf32"},
+    "hip": {"highest": "ieee", "high": "bf16x3", "medium": "tf32"},
+}
+# What compiles a kernel; "" for nothing, under the interpreter.
+BACKEND = "" if INTERPRET else "hip" if torch.version.hip else "cuda"
 
 
 @triton.jit
@@ -87,7 +90,7 @@ def upcast(dtype: torch.dtype) -> bool:
 
 def precision() -> str:
     """The user's own switch, ``torch.set_float32_matmul_precision``, in Triton's words."""
-    return "ieee" if INTERPRET else PRECISION[torch.get_float32_matmul_precision()]
+    return PRECISION[BACKEND][torch.get_float32_matmul_precision()] if BACKEND else "ieee"
 
 
 def which_tanh() -> str:
@@ -95,9 +98,19 @@ def which_tanh() -> str:
 
     Its relative error is below 2^-11, that of the bfloat16 products of the same switch 2^-9.
     """
-    if INTERPRET or torch.version.hip is not None:
+    if BACKEND != "cuda":
         return "exact"
     return "fast" if torch.get_float32_matmul_precision() == "medium" else "rcp"
+
+
+def compiler_options(config: dict[str, int], backend: str) -> dict[str, int]:
+    """``config`` as the compiler for "cuda" or "hip", or the interpreter (""), takes it."""
+    if backend != "cuda":
+        # NVIDIA's assembler would rather spill than lose a program a multiprocessor; AMD's has no
+        # such option.
+        config = {name: value for name, value in config.items() if name != "maxnreg"}
+    # A product followed by a sum is rounded once: Triton's own default has changed.
+    return config | {"enable_fp_fusion": True} if backend else config
 
 
 def last_contiguous(t: Tensor | None) -> Tensor | None:

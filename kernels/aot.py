@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ._lang import COMPILER
+from ._lang import PRECISION, compiler_options
 from .attention.additive_bwd import additive_bwd_kernel
 from .attention.additive_fwd import additive_fwd_kernel
 from .attention.dot_fwd import dot_fwd_kernel
@@ -80,44 +80,48 @@ class Resources:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way a kernel is compiled: ``absent`` names tensors that are None."""
+    """One way a kernel is compiled: ``absent`` names tensors that are None, ``narrow`` means widths
+    that are small and odd, ``whole`` that a source is not split."""
 
     stage: str
     dtype: str
     single: bool = False
     absent: tuple[str, ...] = ()
     whole: bool = True
-    precision: str = "ieee"
+    precision: str = "highest"
     tanh: str = "rcp"
+    narrow: bool = False
 
     def __str__(self) -> str:
         said = [self.stage, self.dtype, "one query" if self.single else "queries"]
         said += [f"no {name}" for name in self.absent]
         said += [] if self.whole else ["parts"]
-        said += [] if self.precision == "ieee" else [self.precision]
+        said += [] if self.precision == "highest" else [self.precision]
         said += [] if self.tanh == "rcp" else [f"{self.tanh} tanh"]
-        return " ".join(said)
+        return " ".join(said + ["narrow"] * self.narrow)
 
-    @property
-    def config(self) -> dict[str, object]:
+    def config(self, backend: str) -> dict[str, object]:
+        """Constants and options, as the launcher would choose them for "cuda" or "hip"."""
         if self.stage == "merge":
-            return dict(LANES=8, BLOCK_S=1024, BLOCK_C=128, num_warps=4)
-        return dict(DEFAULTS[self.stage, self.single]) | {
+            return DEFAULTS["merge", False] | {"LANES": 8}
+        narrow = {"BLOCK_K": 32, "BLOCK_C": 16} if self.narrow else {}
+        tiles = DEFAULTS[self.stage, self.single]
+        return {name: narrow.get(name, value) for name, value in tiles.items()} | {
             "WHOLE": self.whole,
-            "PRECISION": self.precision,
+            "PRECISION": PRECISION[backend][self.precision],
             "UPCAST": False,
-            "TANH": self.tanh,
+            # The other forms are instructions of NVIDIA's.
+            "TANH": self.tanh if backend == "cuda" else "exact",
         }
 
 
-# Shared memory, registers and spills, by stage: what the defaults take, and a little room. Two
-# programs of 128 threads and 255 registers fit a multiprocessor; a spill never does.
+# By stage: what the defaults take, and a little room. Nothing may spill.
 BUDGETS = {
-    "additive_fwd": Resources(48 << 10, 168, 0),
-    "additive_bwd": Resources(2 << 10, 168, 0),
-    "dot_fwd": Resources(64 << 10, 168, 0),
-    "scores_bwd": Resources(64 << 10, 168, 0),
-    "merge": Resources(16 << 10, 128, 0),
+    "additive_fwd": Resources(16 << 10, 144, 0),
+    "additive_bwd": Resources(512, 208, 0),
+    "dot_fwd": Resources(24 << 10, 168, 0),
+    "scores_bwd": Resources(48 << 10, 168, 0),
+    "merge": Resources(4 << 10, 64, 0),
 }
 
 
@@ -131,10 +135,11 @@ def variants(quick: bool = False) -> Iterator[Variant]:
         yield Variant("dot_fwd", "f32", True, ("partial", "peaks"))
         yield Variant("scores_bwd", "f32", absent=("d_weights",))
         yield Variant("merge", "f32")
+        yield Variant("additive_fwd", "f16", narrow=True, whole=False)
         return
     whole = {True: ("partial", "peaks"), False: ()}
     for dtype, single in itertools.product(_TYPES, (False, True)):
-        precisions = ("ieee", "tf32x3", "tf32") if dtype == "f32" else ("ieee",)
+        precisions = tuple(PRECISION["cuda"]) if dtype == "f32" else ("highest",)
         for stage, precision, together in itertools.product(
             ("additive_fwd", "dot_fwd"), precisions, (True, False)
         ):
@@ -142,7 +147,7 @@ def variants(quick: bool = False) -> Iterator[Variant]:
                 ("extra", "mask", "lengths") if stage == "additive_fwd" else ("mask", "lengths")
             )
             for absent in _subsets(options):
-                tanh = "fast" if precision == "tf32" else "rcp"
+                tanh = "fast" if precision == "medium" else "rcp"
                 yield Variant(
                     stage, dtype, single, absent + whole[together], together, precision, tanh
                 )
@@ -152,6 +157,8 @@ def variants(quick: bool = False) -> Iterator[Variant]:
         for precision, lost in itertools.product(precisions, ((), ("d_context",), ("d_weights",))):
             for absent in (lost, (*lost, "lengths")):
                 yield Variant("scores_bwd", dtype, single, absent, precision=precision)
+        for stage in ("additive_fwd", "dot_fwd", "additive_bwd", "scores_bwd"):
+            yield Variant(stage, dtype, single, narrow=True, whole=False)
     for dtype, absent in itertools.product(_TYPES, ((), ("lengths",))):
         yield Variant("merge", dtype, absent=absent)
 
@@ -161,9 +168,9 @@ def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
         yield from itertools.combinations(names, size)
 
 
-def _source(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
+def _source(variant: Variant, backend: str) -> tuple[ASTSource, dict[str, int]]:
     kernel = KERNELS[variant.stage]
-    config = variant.config
+    config = variant.config(backend)
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in variant.absent:
@@ -175,14 +182,14 @@ def _source(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
         elif name in ("B", "Q", "S", "K", "C", "parts", "span") or name.startswith("stride"):
             signature[name] = "i32"
             # As a call with widths that are multiples of 16 is specialised.
-            if _STRIDED.match(name):
+            if _STRIDED.match(name) and not variant.narrow:
                 attributes[index,] = [["tt.divisibility", 16]]
         else:
             signature[name] = _FIXED.get(name, _TYPES[variant.dtype])
             attributes[index,] = [["tt.divisibility", 16]]
     if variant.stage == "additive_bwd":
         signature["d_scores"] = "*fp32"
-    options = {name: config[name] for name in ("num_warps", "num_stages") if name in config}
+    options = {name: value for name, value in config.items() if name.islower()}
     return ASTSource(kernel, signature, constants, attributes), options
 
 
@@ -192,12 +199,11 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     Raises:
         RuntimeError: it does not compile.
     """
-    if TARGETS[target].backend == "hip":
-        # The other forms are instructions of NVIDIA's.
-        variant = dataclasses.replace(variant, tanh="exact")
-    source, options = _source(variant)
+    backend = TARGETS[target].backend
+    source, options = _source(variant, backend)
     try:
-        compiled = triton.compile(source, target=TARGETS[target], options=options | COMPILER)
+        options = compiler_options(options, backend)
+        compiled = triton.compile(source, target=TARGETS[target], options=options)
     except Exception as error:
         raise RuntimeError(f"fastseq.kernels.aot: {variant} for {target}: {error}") from error
     if "amdgcn" in compiled.asm:

@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 
 from .._lang import (
-    COMPILER,
+    BACKEND,
+    compiler_options,
     last_contiguous,
     on,
     power_of_two,
@@ -50,7 +51,7 @@ def _config(stage: str, index: int, single: bool, itemsize: int, extents: tuple)
     for block, extent in extents:
         # No wider than what there is, and no narrower than a tensor core or a warp takes.
         config[block] = power_of_two(extent, 16 if block == "BLOCK_C" else 32, config[block])
-    return config
+    return compiler_options(config, BACKEND)
 
 
 def options(stage: str, query: Tensor, *, K: int | None = None, C: int | None = None) -> dict:
@@ -90,7 +91,7 @@ def launch(
     """Run ``programs`` of a kernel: its tensors, its sizes, the two outer strides of some."""
     strides = [stride for t in strided for stride in ((0, 0) if t is None else t.stride()[:2])]
     with on(device):
-        kernel[(programs,)](*tensors, *sizes, *strides, **config, **COMPILER)
+        kernel[(programs,)](*tensors, *sizes, *strides, **config)
 
 
 def forward(
@@ -142,9 +143,7 @@ def forward(
             (B, Q, S, C, parts),
             (),
             LANES=triton.next_power_of_2(parts),
-            BLOCK_S=1024,
-            BLOCK_C=power_of_two(C, 16, 128),
-            num_warps=4,
+            **_config("merge", _index(query.device), False, 4, (("BLOCK_C", C),)),
         )
     return context, weights
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["DEFAULTS", "TUNED"]
 
-# (stage, one query a row) -> tiles and warps.
+# (stage, one query a row) -> tiles, warps, and the registers of a thread at most.
 DEFAULTS: dict[tuple[str, bool], dict[str, int]] = {
     ("additive_fwd", False): dict(
         BLOCK_Q=16,
@@ -19,16 +19,18 @@ DEFAULTS: dict[tuple[str, bool], dict[str, int]] = {
         BLOCK_C=64,
         num_warps=8,
         num_stages=1,
+        maxnreg=96,
     ),
     ("additive_fwd", True): dict(
-        BLOCK_Q=1, SUB_Q=1, BLOCK_S=32, BLOCK_K=128, RANGE_S=16, BLOCK_C=128, num_warps=4
+        BLOCK_Q=1, SUB_Q=1, BLOCK_S=16, BLOCK_K=128, RANGE_S=16, BLOCK_C=128, num_warps=4
     ),
-    ("dot_fwd", False): dict(BLOCK_Q=16, BLOCK_S=32, BLOCK_K=32, BLOCK_C=64, num_warps=4),
+    ("dot_fwd", False): dict(BLOCK_Q=16, BLOCK_S=32, BLOCK_K=32, BLOCK_C=32, num_warps=4),
     ("dot_fwd", True): dict(BLOCK_Q=1, BLOCK_S=16, BLOCK_K=128, BLOCK_C=128, num_warps=4),
     ("scores_bwd", False): dict(BLOCK_Q=16, BLOCK_S=32, BLOCK_C=32, num_warps=4),
     ("scores_bwd", True): dict(BLOCK_Q=1, BLOCK_S=16, BLOCK_C=128, num_warps=4),
-    ("additive_bwd", False): dict(BLOCK_S=8, BLOCK_K=128, num_warps=1),
-    ("additive_bwd", True): dict(BLOCK_S=8, BLOCK_K=128, num_warps=1),
+    ("additive_bwd", False): dict(BLOCK_S=8, BLOCK_K=128, num_warps=1, maxnreg=208),
+    ("additive_bwd", True): dict(BLOCK_S=8, BLOCK_K=128, num_warps=1, maxnreg=208),
+    ("merge", False): dict(BLOCK_S=1024, BLOCK_C=128, num_warps=4),
 }
 
 # Device name as torch.cuda.get_device_name() has it -> (stage, one query a row, bytes of an
