@@ -15,6 +15,7 @@ __all__ = [
     "INTERPRET",
     "PRECISION",
     "attended",
+    "blocks",
     "compiler_options",
     "last_contiguous",
     "offset",
@@ -101,6 +102,11 @@ def which_tanh() -> str:
     if BACKEND != "cuda":
         return "exact"
     return "fast" if torch.get_float32_matmul_precision() == "medium" else "rcp"
+
+
+def blocks(n: int, block: int) -> int:
+    """How many blocks hold ``n``: triton.cdiv, which costs the host a microsecond and more."""
+    return -(-n // block)
 
 
 def compiler_options(config: dict[str, int], backend: str) -> dict[str, int]:

@@ -27,7 +27,7 @@ from .attention.additive_bwd import additive_bwd_kernel
 from .attention.additive_fwd import additive_fwd_kernel
 from .attention.dot_fwd import dot_fwd_kernel
 from .attention.softmax import merge_kernel, scores_bwd_kernel
-from .attention.tuned import DEFAULTS
+from .attention.tuned import tiles
 
 __all__ = ["BUDGETS", "TARGETS", "Resources", "Variant", "compile_variant", "variants"]
 
@@ -103,10 +103,11 @@ class Variant:
     def config(self, backend: str) -> dict[str, object]:
         """Constants and options, as the launcher would choose them for "cuda" or "hip"."""
         if self.stage == "merge":
-            return DEFAULTS["merge", False] | {"LANES": 8}
-        narrow = {"BLOCK_K": 32, "BLOCK_C": 16} if self.narrow else {}
-        tiles = DEFAULTS[self.stage, self.single]
-        return {name: narrow.get(name, value) for name, value in tiles.items()} | {
+            return tiles("merge", False, True) | {"LANES": 8}
+        narrow = {"BLOCK_K": 32, "BLOCK_C": 32} if self.narrow else {}
+        exact = self.dtype == "f32" and self.precision == "highest"
+        chosen = tiles(self.stage, self.single, exact)
+        return {name: narrow.get(name, value) for name, value in chosen.items()} | {
             "WHOLE": self.whole,
             "PRECISION": PRECISION[backend][self.precision],
             "UPCAST": False,
@@ -147,7 +148,8 @@ def variants(quick: bool = False) -> Iterator[Variant]:
                 ("extra", "mask", "lengths") if stage == "additive_fwd" else ("mask", "lengths")
             )
             for absent in _subsets(options):
-                tanh = "fast" if precision == "medium" else "rcp"
+                fast = stage == "additive_fwd" and precision == "medium"
+                tanh = "fast" if fast else "rcp"
                 yield Variant(
                     stage, dtype, single, absent + whole[together], together, precision, tanh
                 )

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._lang import last_contiguous, offset, tanh, which_tanh
+from .._lang import blocks, last_contiguous, offset, tanh, which_tanh
 from .launch import launch, options, scores_gradient, split, values_gradient
 
 __all__ = ["additive_bwd", "additive_bwd_kernel"]
@@ -52,10 +52,10 @@ def additive_bwd_kernel(
     """d_scores: [B, Q, S] float32, zero where not attended; d_query: [P, B, Q, K] float32;
     d_keys: [B, S, K]; d_v: [P, B, K] float32, the parts to be
     summed."""
-    blocks = tl.cdiv(K, BLOCK_K)
+    columns = tl.cdiv(K, BLOCK_K)
     i_part = tl.program_id(0) % parts
-    i_block = (tl.program_id(0) // parts) % blocks
-    i_b = tl.program_id(0) // parts // blocks
+    i_block = (tl.program_id(0) // parts) % columns
+    i_b = tl.program_id(0) // parts // columns
     start = i_part * span
     end = tl.minimum(start + span, S)
     stop = end
@@ -127,15 +127,15 @@ def additive_bwd(
     d_scores = scores_gradient(d_context, d_weights, values, weights, lengths, scale, torch.float32)
     query, keys, v, extra = map(last_contiguous, (query, keys, v, extra))
     config = options("additive_bwd", query, K=K)
-    blocks = B * triton.cdiv(K, config["BLOCK_K"])
-    parts, span = split(query.device, blocks, S, config["BLOCK_S"], config["num_warps"])
+    programs = B * blocks(K, config["BLOCK_K"])
+    parts, span = split(query.device, programs, S, config["BLOCK_S"], config["num_warps"])
     d_query = query.new_empty(parts, B, Q, K, dtype=torch.float32)
     d_v = query.new_empty(parts * B, K, dtype=torch.float32)
     d_keys = keys.new_empty(B, S, K)
     launch(
         query.device,
         additive_bwd_kernel,
-        blocks * parts,
+        programs * parts,
         (query, keys, v, extra, lengths, d_scores, d_query, d_keys, d_v),
         (B, Q, S, K, parts, span),
         (query, keys, extra),

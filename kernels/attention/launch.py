@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._lang import (
     BACKEND,
+    blocks,
     compiler_options,
     last_contiguous,
     on,
@@ -20,7 +21,7 @@ from .._lang import (
     which_tanh,
 )
 from .softmax import merge_kernel, scores_bwd_kernel
-from .tuned import DEFAULTS, TUNED
+from .tuned import tiles
 
 __all__ = ["forward", "launch", "options", "scores_gradient", "split", "values_gradient"]
 
@@ -44,13 +45,11 @@ def _index(device: torch.device) -> int:
 
 
 @functools.cache
-def _config(stage: str, index: int, single: bool, itemsize: int, extents: tuple) -> dict[str, int]:
-    name, _ = _device(index)
-    tiles = TUNED.get(name, {}).get((stage, single, itemsize), DEFAULTS[stage, single])
-    config = dict(tiles)
+def _config(stage: str, index: int, single: bool, exact: bool, extents: tuple) -> dict[str, int]:
+    config = tiles(stage, single, exact, _device(index)[0])
     for block, extent in extents:
-        # No wider than what there is, and no narrower than a tensor core or a warp takes.
-        config[block] = power_of_two(extent, 16 if block == "BLOCK_C" else 32, config[block])
+        # No wider than what there is, and no narrower than a warp.
+        config[block] = power_of_two(extent, 32, config[block])
     return compiler_options(config, BACKEND)
 
 
@@ -62,7 +61,7 @@ def options(stage: str, query: Tensor, *, K: int | None = None, C: int | None = 
             stage,
             _index(query.device),
             query.shape[1] == 1,
-            query.itemsize,
+            query.dtype == torch.float32 and precision() == "ieee",
             tuple((block, extent) for block, extent in extents if extent is not None),
         )
     )
@@ -74,9 +73,8 @@ def split(device: torch.device, programs: int, S: int, block: int, warps: int) -
     One, unless ``programs`` of ``warps`` warps would leave multiprocessors idle.
     """
     wanted = _WARPS_A_PROCESSOR * _device(_index(device))[1] // (programs * warps)
-    blocks = triton.cdiv(S, block)
-    span = triton.cdiv(blocks, max(1, min(wanted, _MOST_PARTS))) * block
-    return triton.cdiv(S, span), span
+    span = blocks(blocks(S, block), max(1, min(wanted, _MOST_PARTS))) * block
+    return blocks(S, span), span
 
 
 def launch(
@@ -116,7 +114,7 @@ def forward(
     config = options(stage, query, K=K, C=C)
     if more:
         config["TANH"] = which_tanh()
-    programs = B * triton.cdiv(Q, config["BLOCK_Q"])
+    programs = B * blocks(Q, config["BLOCK_Q"])
     parts, span = split(query.device, programs, S, config["BLOCK_S"], config["num_warps"])
     partial = peaks = None
     if parts > 1:
@@ -143,7 +141,7 @@ def forward(
             (B, Q, S, C, parts),
             (),
             LANES=triton.next_power_of_2(parts),
-            **_config("merge", _index(query.device), False, 4, (("BLOCK_C", C),)),
+            **_config("merge", _index(query.device), False, True, (("BLOCK_C", C),)),
         )
     return context, weights
 
@@ -170,7 +168,7 @@ def scores_gradient(
     launch(
         weights.device,
         scores_bwd_kernel,
-        B * triton.cdiv(Q, config["BLOCK_Q"]),
+        B * blocks(Q, config["BLOCK_Q"]),
         (d_context, d_weights, values, weights, lengths, d_p, d_scores),
         (scale, B, Q, S, C),
         (values,),
