@@ -377,6 +377,16 @@ WRONG = {
     ),
     "integers": (dict(query=Q.long()), TypeError, "expected query of a floating dtype"),
     "another device": (dict(values=V.to("meta")), ValueError, "values on the query's device cpu"),
+    "a mask elsewhere": (
+        dict(mask=torch.ones(2, 5, dtype=torch.bool, device="meta")),
+        ValueError,
+        "expected mask on the keys' device cpu, got meta",
+    ),
+    "lengths elsewhere": (
+        dict(lengths=torch.ones(2, dtype=torch.int64, device="meta")),
+        ValueError,
+        "expected lengths on the keys' device cpu, got meta",
+    ),
     "no tensor": (dict(keys=[1.0]), TypeError, "expected keys to be a tensor, got list"),
     "no query": (dict(query=None), TypeError, "expected query to be a tensor, got NoneType"),
     "scale a tensor": (dict(scale=torch.tensor(2.0)), TypeError, "expected scale to be a number"),

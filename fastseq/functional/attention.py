@@ -354,6 +354,12 @@ def _check_where(
             "by it, so that it has a gradient"
         )
     B, S = keys.shape[:2]
+    for name, tensor in (("mask", mask), ("lengths", lengths)):
+        if isinstance(tensor, Tensor) and tensor.device != keys.device:
+            raise ValueError(
+                f"fastseq.{op}: expected {name} on the keys' device {keys.device}, "
+                f"got {tensor.device}"
+            )
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__

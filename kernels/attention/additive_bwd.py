@@ -125,7 +125,8 @@ def additive_bwd(
     if not need_scores:
         return query.new_empty(0), query.new_empty(0), d_values, query.new_empty(0)
     d_scores = scores_gradient(d_context, d_weights, values, weights, lengths, scale, torch.float32)
-    query, keys, v, extra = map(last_contiguous, (query, keys, v, extra))
+    tensors = (query, keys, v, extra, lengths)
+    query, keys, v, extra, lengths = map(last_contiguous, tensors)
     config = options("additive_bwd", query, K=K)
     programs = B * blocks(K, config["BLOCK_K"])
     parts, span = split(query.device, programs, S, config["BLOCK_S"], config["num_warps"])

@@ -109,6 +109,7 @@ def forward(
     S, C = values.shape[1:]
     context, weights = query.new_empty(B, Q, C), query.new_empty(B, Q, S)
     scores = query.new_empty(B, Q, S, dtype=torch.float32)
+    lengths = last_contiguous(lengths)
     if mask is not None:
         mask = last_contiguous(mask.view(torch.uint8).expand(B, Q, S))
     config = options(stage, query, K=K, C=C)
@@ -161,7 +162,7 @@ def scores_gradient(
     d_context, d_weights, weights = (
         t if t is None else t.contiguous() for t in (d_context, d_weights, weights)
     )
-    values = last_contiguous(values)
+    values, lengths = last_contiguous(values), last_contiguous(lengths)
     d_scores = weights.new_empty(B, Q, S, dtype=dtype)
     d_p = weights.new_empty(B, Q, S, dtype=torch.float32)
     config = options("scores_bwd", weights, C=C)

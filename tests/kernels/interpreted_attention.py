@@ -107,9 +107,10 @@ def test_every_dtype(score, dtype, where):
 @pytest.mark.parametrize("layout", ["transposed", "strided", "sliced", "offset", "expanded"])
 @pytest.mark.parametrize("score", ["additive", "dot"])
 def test_strides(score, layout):
-    case = attention_case(score, 3, 4, 6, 8, extra=True, mask="query")
+    case = attention_case(score, 3, 4, 6, 8, extra=True, mask="query", lengths=True)
     case = case.map(lambda t: with_layout(t, layout))
     case.where["mask"] = case.where["mask"].mT.contiguous().mT
+    case.where["lengths"] = case.where["lengths"].repeat_interleave(2)[::2]
     case.cotangents[:] = [with_layout(c, layout) for c in case.cotangents]
     check(case)
 
