@@ -139,6 +139,10 @@ class StableWheel(bdist_wheel):
 setup(
     ext_modules=[Extension("fastseq._native_library", sources=[])],
     cmdclass={"build_ext": NinjaBuild, "bdist_wheel": StableWheel},
-    packages=[*find_packages(include=["fastseq", "fastseq.*"]), "fastseq.kernels"],
+    packages=[
+        *find_packages(include=["fastseq", "fastseq.*"]),
+        "fastseq.kernels",
+        "fastseq.kernels.attention",
+    ],
     package_dir={"fastseq.kernels": "kernels"},
 )

@@ -118,9 +118,11 @@ def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
     return None
 
 
-def autocast_dtype(cell: str, x: Tensor, packed: bool) -> torch.dtype:
-    """What torch's own layer returns under autocast on the CPU, given x."""
-    lowered = cell.startswith("rnn") or ("lstm" in cell and not packed)
+def autocast_dtype(cell: str, x: Tensor, batch_sizes: Tensor | None) -> torch.dtype:
+    """What torch's own layer returns under autocast on the CPU, given x. (Of an LSTM, oneDNN serves
+    what has rows of one length.)"""
+    even = batch_sizes is None or not len(batch_sizes) or bool(batch_sizes[0] == batch_sizes[-1])
+    lowered = cell.startswith("rnn") or ("lstm" in cell and even)
     return torch.get_autocast_dtype("cpu") if lowered else x.dtype
 
 

@@ -1,12 +1,14 @@
-"""Triton kernels, installed as ``fastseq.kernels``. None are part of this version yet."""
+"""Triton kernels, installed as ``fastseq.kernels``. Importing this needs no triton."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 __all__ = ["why_not_available"]
 
 
+@functools.cache
 def why_not_available() -> str | None:
     """Why no Triton kernel can run here, or None where one could."""
     if importlib.util.find_spec("triton") is None:

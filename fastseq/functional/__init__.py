@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from fastseq.functional.attention import (
+    additive_attention,
+    concat_attention,
+    dot_attention,
+    general_attention,
+    location_attention,
+)
 from fastseq.functional.loss import linear_cross_entropy
 from fastseq.functional.rnn import (
     gru,
@@ -13,9 +20,14 @@ from fastseq.functional.rnn import (
 )
 
 __all__ = [
+    "additive_attention",
+    "concat_attention",
+    "dot_attention",
+    "general_attention",
     "gru",
     "layer_norm_lstm",
     "linear_cross_entropy",
+    "location_attention",
     "lstm",
     "peephole_lstm",
     "rnn_relu",

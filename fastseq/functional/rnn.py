@@ -278,7 +278,7 @@ def stack(cell, input, hx, params, options, *, kernel=True):
     rounded = None
     if kernel:
         if torch.is_autocast_enabled("cpu"):
-            rounded = backends.autocast_dtype(cell, x, batch_sizes is not None)
+            rounded = backends.autocast_dtype(cell, x, batch_sizes)
         elif x.dtype not in (torch.float32, torch.float64):
             rounded = x.dtype
     if rounded is not None:

@@ -11,8 +11,11 @@ import torch.nn as _torch_nn
 from fastseq.nn import cells as _cells
 from fastseq.nn import loss as _loss
 from fastseq.nn import rnn as _rnn
+from fastseq.nn import scores as _scores
 
-_OURS = {name: getattr(home, name) for home in (_cells, _loss, _rnn) for name in home.__all__}
+_OURS = {
+    name: getattr(home, name) for home in (_cells, _loss, _rnn, _scores) for name in home.__all__
+}
 globals().update(_OURS)
 
 ACCELERATED = tuple(sorted(name for name in _OURS if hasattr(_torch_nn, name)))

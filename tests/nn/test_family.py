@@ -114,15 +114,22 @@ def test_wrapped_weights(cell):
 
 @pytest.mark.parametrize("cell", TORCH_HAS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [None, "even", "ragged"])
 def test_autocast_gives_torchs_dtypes(cell, dtype, packed):
     ours = build(cell, 4, 6, 2)
     theirs = TORCHS[cell](4, 6, 2, **({"nonlinearity": cell[4:]} if cell[:3] == "rnn" else {}))
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(5, 3, 4)
-    x = pack_sequence(list(x)) if packed else x
+    if packed:
+        rows = list(x.unbind(1))
+        x = pack_sequence(rows if packed == "even" else [rows[0], rows[1][:3], rows[2][:1]])
     with torch.autocast("cpu", dtype=dtype):
-        (a, s), (b, t) = ours(x), theirs(x)
+        a, s = ours(x)
+        try:
+            b, t = theirs(x)
+        except RuntimeError as error:
+            assert "primitive" in str(error)
+            pytest.skip("torch has no such kernel on this machine")
     a, b = (a.data, b.data) if packed else (a, b)
     assert a.dtype == b.dtype
     s, t = (v if isinstance(v, tuple) else (v,) for v in (s, t))

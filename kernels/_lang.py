@@ -1,0 +1,134 @@
+"""What several kernels share: device functions, and how launchers prepare a call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "BACKEND",
+    "INTERPRET",
+    "PRECISION",
+    "attended",
+    "blocks",
+    "compiler_options",
+    "last_contiguous",
+    "offset",
+    "on",
+    "power_of_two",
+    "precision",
+    "tanh",
+    "upcast",
+    "which_tanh",
+]
+
+# Triton's own test of the variable; its interpreter runs kernels on CPU tensors, with numpy.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# torch's float32 matmul precision -> Triton's for the products of float32 tiles.
+PRECISION = {
+    "cuda": {"highest": "ieee", "high": "tf32x3", "medium": "tf32"},
+    "hip": {"highest": "ieee", "high": "bf16x3", "medium": "tf32"},
+}
+# What compiles a kernel; "" for nothing, under the interpreter.
+BACKEND = "" if INTERPRET else "hip" if torch.version.hip else "cuda"
+
+
+@triton.jit
+def offset(i, stride):
+    """i * stride in 64 bits: a tensor may have more than 2^31 elements."""
+    return tl.cast(i, tl.int64) * stride
+
+
+@triton.jit
+def tanh(x, TANH: tl.constexpr):
+    """tanh of float32; TANH: "exact" (to 4 units in the last place), "rcp" or "fast".
+
+    Far from zero sign(x) (1 - 2 / (1 + e^2|x|)), which near zero loses all digits: there it is
+    x + x^3 P(x^2), P fitted on |x| < 0.4 to a relative error of 1.2e-7. "rcp" is the same with
+    NVIDIA's reciprocal for the division, which guards against a range that 1 + e^2|x| never has:
+    two special-function instructions and 13 others. "fast" is one instruction, within 2^-11.
+    """
+    if TANH == "fast":
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    y = x * x
+    p = (-0.04779421 * y + 0.13277629) * y - 0.33331882
+    near = x * y * p + x
+    d = 1.0 + tl.exp2(tl.abs(x) * 2.885390081777927)
+    if TANH == "rcp":
+        r = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        r = 1.0 / d
+    far = (1.0 - 2.0 * r).to(tl.int32, bitcast=True)
+    sign = x.to(tl.int32, bitcast=True) & -2147483648
+    return tl.where(tl.abs(x) < 0.4, near, (far | sign).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def attended(mask, o_mask, length, o_s, rows):
+    """Which of the positions o_s [S] a block of rows [Q, 1] may look at: [Q, S].
+
+    mask: bytes or None; o_mask: its offsets [Q, S]; length: positions that count.
+    """
+    here = rows & (o_s < length)[None, :]
+    if mask is not None:
+        here = here & (tl.load(mask + o_mask, mask=here, other=0) != 0)
+    return here
+
+
+def upcast(dtype: torch.dtype) -> bool:
+    """Whether tiles of ``dtype`` are multiplied in float32: the interpreter has no bfloat16."""
+    return INTERPRET and dtype == torch.bfloat16
+
+
+def precision() -> str:
+    """The user's own switch, ``torch.set_float32_matmul_precision``, in Triton's words."""
+    return PRECISION[BACKEND][torch.get_float32_matmul_precision()] if BACKEND else "ieee"
+
+
+def which_tanh() -> str:
+    """The form of :func:`tanh`: "fast" only where matmul precision "medium" asks for speed.
+
+    Its relative error is below 2^-11, that of the bfloat16 products of the same switch 2^-9.
+    """
+    if BACKEND != "cuda":
+        return "exact"
+    return "fast" if torch.get_float32_matmul_precision() == "medium" else "rcp"
+
+
+def blocks(n: int, block: int) -> int:
+    """How many blocks hold ``n``: triton.cdiv, which costs the host a microsecond and more."""
+    return -(-n // block)
+
+
+def compiler_options(config: dict[str, int], backend: str) -> dict[str, int]:
+    """``config`` as the compiler for "cuda" or "hip", or the interpreter (""), takes it."""
+    if backend != "cuda":
+        # NVIDIA's assembler would rather spill than lose a program a multiprocessor; AMD's has no
+        # such option.
+        config = {name: value for name, value in config.items() if name != "maxnreg"}
+    # A product followed by a sum is rounded once: Triton's own default has changed.
+    return config | {"enable_fp_fusion": True} if backend else config
+
+
+def last_contiguous(t: Tensor | None) -> Tensor | None:
+    """``t`` with its last dimension dense: the only stride that kernels take for granted."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make ``device`` current: a launch goes to the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def power_of_two(n: int, least: int, most: int) -> int:
+    """The smallest power of two that holds ``n``, between two others."""
+    return max(least, min(most, triton.next_power_of_2(n)))

@@ -1,0 +1,170 @@
+"""The Triton kernels by Triton's interpreter, on CPU tensors: numbers against float64.
+
+Run by test_attention.py in a process of its own, with TRITON_INTERPRET=1. It shows no race and no
+bank conflict, and multiplies bfloat16 tiles in float32.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastseq.kernels import _lang, attention
+from fastseq.kernels.attention import launch
+
+from fastseq.ops import attention_plain
+
+assert _lang.INTERPRET, "expected TRITON_INTERPRET=1"
+attention.why_not_available = lambda: None
+
+
+def interpreted(stage):
+    plain, first = getattr(attention_plain, stage), 0 if stage.endswith("fwd") else 2
+
+    def call(*arguments):
+        run = (
+            plain if attention.obstacle(*arguments[first : first + 3]) else attention.kernel(stage)
+        )
+        CALLS.append(stage if run is not plain else f"plain {stage}")
+        return run(*arguments)
+
+    return call
+
+
+CALLS: list[str] = []
+# Before the operators are registered: what would run on a GPU now runs on CPU tensors.
+for _stage in attention.STAGES:
+    setattr(attention_plain, _stage, interpreted(_stage))
+
+from fastseq import functional  # noqa: E402
+from fastseq.reference import scores  # noqa: E402
+from fastseq.testing import assert_matches, run_with_grads, with_layout  # noqa: E402
+from fastseq.testing_attention import SCORES, attention_case  # noqa: E402
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@pytest.fixture(params=[0, 64], ids=["whole", "parts"], autouse=True)
+def processors(request, monkeypatch):
+    """Multiprocessors there seem to be: with many, a source is split into parts."""
+    monkeypatch.setattr(launch, "_device", lambda index: ("interpreter", request.param))
+    CALLS.clear()
+    yield request.param
+    assert CALLS and not any(call.startswith("plain") for call in CALLS)
+
+
+def check(case):
+    oracle = case.functional(scores)
+    return assert_matches(
+        case.functional(functional),
+        oracle,
+        oracle,
+        case.inputs,
+        case.cotangents,
+        names=case.names,
+        what=str(case),
+    )
+
+
+# Each extent on both sides of its block, and of several blocks; C, K and Q beyond one tile.
+SIZES = [
+    (4, 1, 5, 7, 3),
+    (4, None, 33, 129, 17),
+    (3, 2, 32, 32, 16),
+    (3, 17, 31, 33, 5),
+    (5, 5, 69, 8, 65),
+    (1, 3, 1, 1, 1),
+]
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    "index,size", list(enumerate(SIZES)), ids=lambda v: str(v).replace(" ", "")
+)
+def test_values_and_gradients(index, size, score):
+    where = [{}, {"lengths": True}, {"mask": "source"}, {"mask": "query"}, {"lengths": True}, {}]
+    check(
+        attention_case(
+            score,
+            *size,
+            **where[(index + SCORES.index(score)) % 6],
+            extra=index % 2 == 0,
+            g=index % 3 == 0,
+            scale=0.7,
+            seed=index,
+        )
+    )
+
+
+@pytest.mark.parametrize("where", [{"lengths": True}, {"lengths": True, "mask": "query"}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_every_dtype(score, dtype, where):
+    options = dict(extra=True, dtype=DTYPES[dtype], **where)
+    check(attention_case(score, 5, 6, 40, 24, 20, **options))
+    check(attention_case(score, 5, None, 40, 24, 20, **options))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "sliced", "offset", "expanded"])
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_strides(score, layout):
+    case = attention_case(score, 3, 4, 6, 8, extra=True, mask="query", lengths=True)
+    case = case.map(lambda t: with_layout(t, layout))
+    case.where["mask"] = case.where["mask"].mT.contiguous().mT
+    case.where["lengths"] = case.where["lengths"].repeat_interleave(2)[::2]
+    case.cotangents[:] = [with_layout(c, layout) for c in case.cotangents]
+    check(case)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_nowhere_to_look(score):
+    for where in ({"lengths": True}, {"mask": "source"}):
+        case = attention_case(score, 1, 2, 40, 4, **where)
+        found = run_with_grads(case.functional(functional), case.inputs, case.cotangents)
+        for name, tensor in found.items():
+            assert not tensor.any() and tensor.isfinite().all(), f"{case} {name}"
+
+
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_one_cotangent_alone(score):
+    case = attention_case(score, 3, 4, 40, 8, lengths=True)
+    for kept in (0, 1):
+
+        def one(module, kept=kept):
+            return lambda *tensors: case.functional(module)(*tensors)[kept]
+
+        wrt = [name for name in case.inputs if kept == 0 or name != "values"]
+        assert_matches(
+            one(functional), one(scores), one(scores), case.inputs, [case.cotangents[kept]], wrt=wrt
+        )
+
+
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_large_scores_and_nan(score):
+    check(attention_case(score, 3, 4, 40, 8, scale=200.0, lengths=True))
+    case = attention_case(score, 3, 4, 40, 8)
+    case.inputs["keys"][1, 33, 2] = float("nan")
+    context, weights = case.functional(functional)(*case.inputs.values())
+    for tensor in (context, weights):
+        assert tensor[1].isnan().all() and tensor[0::2].isfinite().all()
+
+
+def test_lengths_beyond_the_source_read_nothing_beyond_it(processors):
+    """Lengths on a GPU are not checked; the kernels clamp them."""
+    case = attention_case("additive", 3, 4, 40, 8)
+    full = case.functional(functional)(*case.inputs.values())
+    tensors = [*case.inputs.values(), None, None, torch.tensor([40, 41, 10**12]), 1.0]
+    found = torch.ops.fastseq.additive_attention_fwd(*tensors)
+    assert all(map(torch.equal, found, full))
+
+
+@pytest.mark.parametrize("near", [0.0, 0.3999, 0.4, 8.0, 9.5, 44.0, 1e4, 3e38, float("inf")])
+def test_tanh_at_its_edges(near):
+    """Through a score of one term: q + k = x, v = 1, and the weights' ratio gives tanh back."""
+    if near == float("inf"):
+        x = torch.tensor([near, -near])
+    else:
+        x = torch.tensor([near, -near, near * 1.0001, near * 0.9999])
+    case = attention_case("additive", 1, 1, len(x), 1, 1)
+    case.inputs.update(query=torch.zeros(1, 1, 1), keys=x.view(1, -1, 1), v=torch.ones(1))
+    case.inputs["values"] = torch.arange(len(x), dtype=torch.float32).view(1, -1, 1)
+    check(case)
