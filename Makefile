@@ -15,7 +15,7 @@ test: build
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 bench: build
-	$(BIN)/python -m benchmarks.bench_lstm
+	$(BIN)/python -m benchmarks.bench_recurrent
 
 # Needs a machine with a GPU and a CUDA build of torch for its python3; no network.
 gpu:

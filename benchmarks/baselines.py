@@ -1,9 +1,9 @@
-"""What fastseq is measured against besides torch.nn.LSTM itself, each built from one of those.
+"""What fastseq is measured against besides torch's eager modules, each built from one of those.
 
 A baseline is a function from that module and a mode to something called with x [T, B, I]; it
-returns None where it is not installed or cannot run the mode. Baselines run after the pair of
-fastseq and torch, not between them: a thread pool that spins while it waits, as ONNX Runtime's
-does, takes the cores from whoever comes next.
+returns None where it is not installed or cannot run the mode, and raises Refused where it was
+asked and would not. Baselines run after the pair of fastseq and torch, not between them: a thread
+pool that spins while it waits, as ONNX Runtime's does, takes the cores from whoever comes next.
 """
 
 from __future__ import annotations
@@ -13,17 +13,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["OTHERS", "Baseline"]
+__all__ = ["COMPILE", "OTHERS", "Baseline", "Refused", "compiled", "onnxruntime"]
 
-Baseline = Callable[[torch.nn.LSTM, str], Callable[[Tensor], object] | None]
+Baseline = Callable[[torch.nn.Module, str], Callable[..., object] | None]
+
+# Order of the gates in ONNX, as places in torch's, by operator.
+_ONNX_GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 
 
-def onnxruntime(module: torch.nn.LSTM, mode: str) -> Callable[[Tensor], object] | None:
-    """ONNX Runtime's LSTM operator, on as many threads as torch; inference only.
+class Refused(RuntimeError):
+    """The baseline cannot run this module; the text says why."""
 
-    Its arithmetic is float32, its gates are ordered i, o, f, g, and the two biases lie end to end.
+
+def onnxruntime(module: torch.nn.Module, mode: str) -> Callable[[Tensor], object] | None:
+    """ONNX Runtime's LSTM or GRU operator, on as many threads as torch; inference only.
+
+    Its arithmetic is float32, its gates are ordered i, o, f, g and z, r, n, and the two biases lie
+    end to end.
     """
-    if mode != "inf" or module.num_layers != 1 or module.bidirectional:
+    kind = type(module).__name__
+    if mode != "inf" or kind not in _ONNX_GATES or module.num_layers != 1:
+        return None
+    if module.bidirectional or module.proj_size or module.weight_hh_l0.dtype != torch.float32:
         return None
     try:
         import onnx
@@ -33,18 +44,20 @@ def onnxruntime(module: torch.nn.LSTM, mode: str) -> Callable[[Tensor], object] 
         return None
 
     def reordered(weight: Tensor) -> Tensor:
-        i, f, g, o = weight.detach().chunk(4)
-        return torch.cat((i, o, f, g))
+        gates = weight.detach().chunk(len(_ONNX_GATES[kind]))
+        return torch.cat([gates[place] for place in _ONNX_GATES[kind]])
 
     tensors = {
         "W": reordered(module.weight_ih_l0)[None],
         "R": reordered(module.weight_hh_l0)[None],
         "B": torch.cat((reordered(module.bias_ih_l0), reordered(module.bias_hh_l0)))[None],
     }
-    node = helper.make_node("LSTM", ["x", *tensors], ["y"], hidden_size=module.hidden_size)
+    # torch resets after the product with weight_hh.
+    own = {"linear_before_reset": 1} if kind == "GRU" else {}
+    node = helper.make_node(kind, ["x", *tensors], ["y"], hidden_size=module.hidden_size, **own)
     graph = helper.make_graph(
         [node],
-        "lstm",
+        kind,
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", "B", module.input_size])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["T", 1, "B", module.hidden_size])],
         [numpy_helper.from_array(t.contiguous().numpy(), name) for name, t in tensors.items()],
@@ -58,7 +71,17 @@ def onnxruntime(module: torch.nn.LSTM, mode: str) -> Callable[[Tensor], object] 
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0][:, 0])
+    return lambda x: (torch.from_numpy(session.run(None, {"x": x.numpy()})[0][:, 0]),)
+
+
+def compiled(module: torch.nn.Module, mode: str) -> torch.nn.Module:
+    """The module through torch.compile, in one graph; its first call compiles, for minutes.
+
+    The caller makes that call outside any timing, and takes what it raises for a refusal.
+    """
+    torch.compiler.reset()
+    return torch.compile(module, fullgraph=True)
 
 
 OTHERS: dict[str, Baseline] = {"onnxruntime": onnxruntime}
+COMPILE: dict[str, Baseline] = {"compile": compiled}

@@ -21,11 +21,15 @@ def read_results(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     return {key: value for key, _, value in comments}, list(rows)
 
 
+def _name(row: dict[str, str]) -> tuple[str, ...]:
+    return row["cell"], row["group"], row["variant"], row["T"], row["B"], row["I"], row["H"]
+
+
 def speedups(results: Path, picture: Path, title: str) -> None:
-    """Draw torch's time over ours for each size: a bar a mode, a tick at its target.
+    """Draw the baseline's time over ours: a bar a mode, a tick at its target, cell by cell.
 
     Args:
-        results: CSV with the columns T, B, I, H, mode, status, ratio, target.
+        results: CSV with the columns cell, group, variant, T, B, I, H, mode, status, ratio, target.
         picture: the file to write; its suffix gives the format.
         title: what was measured.
     """
@@ -33,57 +37,66 @@ def speedups(results: Path, picture: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     about, rows = read_results(results)
-    sizes = list(dict.fromkeys((r["T"], r["B"], r["I"], r["H"]) for r in rows))
-    modes = [mode for mode in COLOURS if any(r["mode"] == mode for r in rows)]
-    figure = Figure(figsize=(8, 1.6 + 0.55 * len(sizes)), dpi=150, layout="constrained")
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    names = {c: list(dict.fromkeys(_name(r) for r in rows if r["cell"] == c)) for c in cells}
+    counts = [len(names[cell]) for cell in cells]
+    figure = Figure(
+        figsize=(8.5, 1.8 + 0.3 * sum(counts) + 0.4 * len(cells)), dpi=120, layout="constrained"
+    )
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    height = 0.8 / len(modes)
-    longest = max([float(r["ratio"] or 0) for r in rows] + [float(r["target"]) for r in rows])
-    for row in rows:
-        mode = row["mode"]
-        size = (row["T"], row["B"], row["I"], row["H"])
-        y = sizes.index(size) + (modes.index(mode) - (len(modes) - 1) / 2) * height
-        target = float(row["target"])
-        axes.plot([target] * 2, [y - height / 2, y + height / 2], color="black", lw=2, zorder=3)
-        if row["status"] != "ok":
-            axes.text(0.05, y, "wrong", va="center", color="red", fontsize=8)
-            continue
-        ratio = float(row["ratio"])
-        axes.barh(y, ratio, height * 0.92, color=COLOURS[mode])
-        # Inside the bar, where no tick can be taken for what the number belongs to.
-        inside = ratio > 0.08 * longest
-        axes.text(
-            ratio + (-0.01 if inside else 0.01) * longest,
-            y,
-            f"{ratio:.2f}",
-            va="center",
-            ha="right" if inside else "left",
-            color="white" if inside else "black",
-            fontsize=8,
-        )
-    axes.axvline(1, color="gray", ls="--", lw=1)
-    for mode in modes:
+    panels = figure.subplots(
+        len(cells), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": counts}
+    )[:, 0]
+    values = [float(r[key]) for r in rows for key in ("ratio", "target") if r[key]]
+    longest = max([1.0, *values])
+    for axes, cell in zip(panels, cells, strict=True):
+        for row in (r for r in rows if r["cell"] == cell):
+            _bar(axes, row, names[cell].index(_name(row)), longest)
+        axes.axvline(1, color="gray", ls="--", lw=1)
+        labels = [f"{v or g}: {', '.join(sizes)}" for _, g, v, *sizes in names[cell]]
+        axes.set_yticks(range(len(labels)), labels, fontsize=7)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_xlim(0, longest * 1.1)
+        axes.set_title(cell, loc="left", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for mode in COLOURS:
         axes.barh(0, 0, color=COLOURS[mode], label=WORDS[mode])
     axes.plot([], [], color="black", lw=2, label="target")
-    axes.plot([], [], color="gray", ls="--", lw=1, label="as fast as torch")
-    figure.legend(loc="outside lower center", ncols=2 + len(modes), frameon=False, fontsize=8)
-    axes.set_yticks(range(len(sizes)), [", ".join(size) for size in sizes])
-    axes.set_ylim(len(sizes) - 0.5, -0.5)
-    axes.set_xlim(0, longest * 1.1)
-    axes.set_ylabel("T, B, I, H")
-    axes.set_xlabel("times as fast as torch.nn.LSTM (median)")
-    axes.spines[["top", "right"]].set_visible(False)
-    facts = [about.get("cpu", ""), f"{about.get('threads')} threads", about.get("isa", "")]
-    axes.set_title(f"{title}, float32\n", fontsize=11)
-    axes.text(
-        0.5,
-        1.02,
-        ", ".join([*facts, f"torch {about.get('torch')}"]),
-        transform=axes.transAxes,
-        ha="center",
-        fontsize=7,
-        color="gray",
+    axes.plot([], [], color="gray", ls="--", lw=1, label="as fast as the baseline")
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=8,
     )
+    axes.set_xlabel("baseline's time over fastseq's (median); rows: group or variant: T, B, I, H")
+    facts = [about.get("cpu", ""), f"{about.get('threads')} threads", about.get("isa", "")]
+    facts.append(f"torch {about.get('torch')}")
+    figure.suptitle(f"{title}\n{', '.join(facts)}", fontsize=9)
     with atomic_write(picture) as temporary:
         figure.savefig(temporary)
+
+
+def _bar(axes: object, row: dict[str, str], place: int, longest: float) -> None:
+    height = 0.8 / len(COLOURS)
+    y = place + (list(COLOURS).index(row["mode"]) - (len(COLOURS) - 1) / 2) * height
+    if row["target"]:
+        target = float(row["target"])
+        axes.plot([target] * 2, [y - height / 2, y + height / 2], color="black", lw=2, zorder=3)
+    if row["status"] != "ok":
+        axes.text(0.05, y, "wrong", va="center", color="red", fontsize=6)
+        return
+    ratio = float(row["ratio"])
+    axes.barh(y, ratio, height * 0.92, color=COLOURS[row["mode"]])
+    # Inside the bar, where no tick can be taken for what the number belongs to.
+    inside = ratio > 0.08 * longest
+    axes.text(
+        ratio + (-0.01 if inside else 0.01) * longest,
+        y,
+        f"{ratio:.2f}",
+        va="center",
+        ha="right" if inside else "left",
+        color="white" if inside else "black",
+        fontsize=6,
+    )

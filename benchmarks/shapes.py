@@ -1,69 +1,170 @@
-"""The sizes that are measured, and how many times faster than torch each is meant to be."""
+"""What is measured, and how many times faster than the baseline each is meant to be."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["LSTM", "MODES", "Shape", "select"]
+__all__ = ["CELLS", "GROUPS", "MODES", "Measurement", "measurements", "select"]
 
 MODES = ("train", "inf")
+GROUPS = ("layers", "packed", "stacked", "cells", "bf16")
+# Gates of each cell; the keys are those of fastseq.testing.recurrent_case.
+CELLS = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
+
+# T steps, B rows, I inputs, H units.
+SIZES = (
+    (5, 64, 16, 32),
+    (50, 32, 256, 256),
+    (100, 128, 128, 128),
+    (50, 64, 512, 512),
+    (200, 16, 128, 128),
+    (500, 8, 40, 320),
+    (50, 1, 256, 256),
+    (1000, 1, 64, 64),
+    (5, 1, 16, 32),
+)
+# The baseline's time over ours, a number a size.
+SINGLE = {
+    ("lstm", "train"): (4.5, 1.35, 2.1, 1.4, 1.8, 2, 2, 4, 4),
+    ("lstm", "inf"): (4, 1.25, 1.4, 1.15, 1.6, 1.5, 2.5, 6, 6),
+    ("gru", "train"): (6, 2.3, 2.9, 1.7, 2.5, 2.5, 2.5, 5, 5),
+    ("gru", "inf"): (4, 2, 2.4, 1.6, 2, 2, 2.5, 6, 6),
+}
+PACKED = {
+    ("lstm", "train"): (6, 4, 9, 2.6, 5, 4),
+    ("lstm", "inf"): (5, 2.5, 3, 1.9, 3, 2.5),
+    # No target has been set.
+    ("gru", "train"): (None,) * 6,
+    ("gru", "inf"): (None,) * 6,
+}
+CELL_SIZES = ((1, 64, 16, 32), (1, 32, 256, 256), (1, 1, 256, 256))
+# Large enough to be a layer, small enough for a run of all to stay short.
+SOME = tuple(SIZES[i] for i in (0, 1, 6, 8))
+BF16 = (
+    ("lstm", SIZES[3], "train", 2.2),
+    ("lstm", SIZES[3], "inf", 1.4),
+    ("gru", SIZES[3], "train", 4),
+    ("gru", SIZES[3], "inf", 2.2),
+    ("lstm", SIZES[1], "train", 1.6),
+    ("gru", SIZES[1], "train", 4),
+)
+FULL_COST = 0.6  # of padded, at most, for packed rows half full
+LONG_COST = 10.5  # of T = 400, at most, for T = 4000
 
 
 @dataclass(frozen=True)
-class Shape:
-    """T steps, B rows, I inputs, H units; targets are torch's time over ours, by mode."""
+class Measurement:
+    """One cell at one size in one mode.
 
-    T: int
-    B: int
-    I: int  # noqa: E741
-    H: int
-    train: float
-    inf: float
+    ``variant`` says what sets it apart in its group. ``baseline`` is what the time is compared
+    with: torch, or for the cost of packing and of length another call of fastseq's own.
+    ``geomean`` marks a target for the geometric mean of all measurements of the cell, variant and
+    group, not for this one.
+    """
 
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        return self.T, self.B, self.I, self.H
+    cell: str
+    group: str
+    sizes: tuple[int, int, int, int]
+    mode: str
+    target: float | None = None
+    variant: str = ""
+    baseline: str = "torch"
+    geomean: bool = False
 
     @property
     def label(self) -> str:
         return ", ".join(map(str, self.sizes))
 
-    def target(self, mode: str) -> float:
-        return {"train": self.train, "inf": self.inf}[mode]
+    @property
+    def name(self) -> str:
+        return f"{self.cell} {self.variant}".strip()
 
-    def lstm_flop(self, mode: str) -> float:
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.group == "bf16" else "float32"
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Of the module, beyond its sizes."""
+        H = self.sizes[3]
+        return {
+            "bidirectional": {"bidirectional": True},
+            "two layers": {"num_layers": 2},
+            "proj": {"proj_size": H // 2},
+        }.get(self.variant, {})
+
+    def flop(self, tokens: int) -> float:
         """Multiplications and additions of the matrix products, the bulk of the arithmetic.
 
         Forward has one product with each weight matrix; backward two more of the same size.
         """
-        forward = 2.0 * self.T * self.B * 4 * self.H * (self.I + self.H)
-        return forward * (3 if mode == "train" else 1)
+        _, _, I, H = self.sizes  # noqa: E741
+        P = self.options.get("proj_size", 0)
+        D = 2 if "bidirectional" in self.options else 1
+        weights, width = 0, I
+        for _ in range(self.options.get("num_layers", 1)):
+            weights += D * (CELLS[self.cell] * H * (width + (P or H)) + P * H)
+            width = D * (P or H)
+        return 2.0 * tokens * weights * (3 if self.mode == "train" else 1)
 
 
-LSTM = [
-    Shape(5, 64, 16, 32, train=4.5, inf=4),
-    Shape(50, 32, 256, 256, train=1.35, inf=1.25),
-    Shape(100, 128, 128, 128, train=2.1, inf=1.4),
-    Shape(50, 64, 512, 512, train=1.4, inf=1.15),
-    Shape(200, 16, 128, 128, train=1.8, inf=1.6),
-    Shape(500, 8, 40, 320, train=2, inf=1.5),
-    Shape(50, 1, 256, 256, train=2, inf=2.5),
-    Shape(1000, 1, 64, 64, train=4, inf=6),
-    Shape(5, 1, 16, 32, train=4, inf=6),
-]
+def measurements() -> Iterator[Measurement]:
+    """All of them, a group after the other."""
+    for (cell, mode), targets in SINGLE.items():
+        for sizes, target in zip(SIZES, targets, strict=True):
+            yield Measurement(cell, "layers", sizes, mode, target)
+    for sizes in SOME:
+        for mode in MODES:
+            yield Measurement("rnn_tanh", "layers", sizes, mode, 1.5, geomean=True)
+        yield Measurement("lstm", "layers", sizes, "train", 1.8, "proj")
+    for (cell, mode), targets in PACKED.items():
+        for sizes, target in zip(SIZES, targets, strict=False):
+            yield Measurement(cell, "packed", sizes, mode, target)
+    for cell in ("lstm", "gru"):
+        for mode in MODES:
+            yield Measurement(cell, "packed", SIZES[1], mode, 1 / FULL_COST, "half full", "padded")
+            yield Measurement(
+                cell, "packed", (4000, 4, 64, 64), mode, 10 / LONG_COST, "long", "10 x T=400"
+            )
+    for variant in ("bidirectional", "two layers"):
+        for (cell, mode), targets in SINGLE.items():
+            for sizes in SOME:
+                target = targets[SIZES.index(sizes)]
+                yield Measurement(cell, "stacked", sizes, mode, target, variant)
+    for cell in ("lstm", "gru"):
+        for sizes in CELL_SIZES:
+            for mode in MODES:
+                yield Measurement(cell, "cells", sizes, mode, 2.5, "cell", geomean=True)
+    for cell, sizes, mode, target in BF16:
+        yield Measurement(cell, "bf16", sizes, mode, target)
 
 
-def select(shapes: list[Shape], chosen: str) -> list[Shape]:
-    """The shapes named by a list such as ``1,3`` (counted from 1), or ``all``.
+def select(cells: str = "all", groups: str = "all", rows: str = "all") -> list[Measurement]:
+    """The measurements of these cells and groups; of those, the rows by number from 1.
+
+    Modes of one cell, variant and size stand together.
 
     Raises:
-        ValueError: not a number, or no such row.
+        ValueError: no such cell, group or row.
     """
-    if chosen == "all":
-        return shapes
+    chosen = list(measurements())
+    for words, known, field in ((cells, tuple(CELLS), "cell"), (groups, GROUPS, "group")):
+        if words == "all":
+            continue
+        wanted = [word.strip() for word in words.split(",")]
+        for word in wanted:
+            if word not in known:
+                raise ValueError(f"expected {field}s among {', '.join(known)}, got {word!r}")
+        chosen = [m for m in chosen if getattr(m, field) in wanted]
+    places: dict[tuple[object, ...], list[Measurement]] = {}
+    for m in chosen:
+        places.setdefault((m.group, m.cell, m.variant, m.sizes), []).append(m)
+    if rows == "all":
+        return [m for together in places.values() for m in together]
     picked = []
-    for word in chosen.split(","):
-        if not word.strip().isdigit() or not 1 <= int(word) <= len(shapes):
-            raise ValueError(f"expected rows from 1 to {len(shapes)}, got {word.strip()!r}")
-        picked.append(shapes[int(word) - 1])
+    for word in rows.split(","):
+        if not word.strip().isdigit() or not 1 <= int(word) <= len(places):
+            raise ValueError(f"expected rows from 1 to {len(places)}, got {word.strip()!r}")
+        picked += list(places.values())[int(word) - 1]
     return picked

@@ -1,6 +1,7 @@
 // A C interface for `fastseq doctor`, tests and benchmarks: which kernels there are, and single
 // kernels called by instruction set. Called through ctypes, so that one library serves every
 // Python.
+#include <chrono>
 #include <cstring>
 
 #include "cpu/dispatch.h"
@@ -66,4 +67,27 @@ FASTSEQ_EXPORT int fastseq_gemm_f32(const char* isa, const float* a, const float
   const fastseq::Gemm<float> g{M, N, K, a, K, 1, nullptr, b, N, nullptr, c, N, false, 0};
   k->f32.gemm(g, fastseq::Threads{1, nullptr});
   return 0;
+}
+
+// The float32 FLOP/s one core reaches in fused multiply-adds on registers alone: the best of the
+// stretches that fit into `seconds`, at least one. Negative for an instruction set that is not here.
+FASTSEQ_EXPORT double fastseq_peak_flops_f32(const char* isa, double seconds) {
+  const fastseq::Kernels* k = find(isa);
+  if (!k) return -1;
+  using Clock = std::chrono::steady_clock;
+  // 1.6 million FMAs: about half a millisecond, long for the clock and short for the scheduler.
+  const int64_t rounds = 100000;
+  const double flop = 2.0 * double(rounds) * fastseq::kPeakChains * (k->vector_bytes / 4);
+  double best = 0;
+  volatile float used = 0;
+  const auto start = Clock::now();
+  auto now = start;
+  do {
+    const auto before = Clock::now();
+    used = used + k->peak_f32(rounds);
+    now = Clock::now();
+    const double rate = flop / std::chrono::duration<double>(now - before).count();
+    if (rate > best) best = rate;
+  } while (std::chrono::duration<double>(now - start).count() < seconds);
+  return best;
 }

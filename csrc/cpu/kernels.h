@@ -21,11 +21,17 @@ struct TypedKernels {
   void (*tanh)(const T* x, T* y, int64_t n);
 };
 
+// Accumulators that peak_f32 keeps in flight: latency (4 or 5 cycles) times units (2), and spare.
+constexpr int kPeakChains = 16;
+
 struct Kernels {
   const char* isa;
   int vector_bytes;
   TypedKernels<float> f32;
   TypedKernels<double> f64;
+  // `rounds` float32 FMAs on vectors in each of kPeakChains accumulators, the most a core can do;
+  // returns their sum, so that none is dead code.
+  float (*peak_f32)(int64_t rounds);
 
   template <class T>
   const TypedKernels<T>& of() const;

@@ -1,0 +1,285 @@
+"""Recurrent layers and cells on the CPU against torch: each checked, then timed, then recorded.
+
+python -m benchmarks.bench_recurrent [--cells lstm,gru] [--group layers,packed,stacked,cells,bf16]
+    [--rows 1,3] [--quick] [--compile] [--threads 2] [--output FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks import baselines, shapes
+from benchmarks.measure import Timing, busy, interleaved, machine, peak_gflops
+from benchmarks.plot import speedups
+from benchmarks.subjects import Subject, subject, verify
+from fastseq._files import atomic_write, check_writable
+from fastseq.testing import assert_close_to_reference
+
+RESULTS = Path(__file__).parent / "results"
+# Quartiles this far apart mean that something else was running.
+NOISY = 0.3
+SECONDS, QUICK_SECONDS = 0.5, 0.25
+COLUMNS = (
+    "cell group variant T B I H mode dtype status fastseq_ms fastseq_q1_ms fastseq_q3_ms baseline "
+    "baseline_ms baseline_q1_ms baseline_q3_ms ratio target target_of met onnxruntime_ms "
+    "compile_ms gflops peak_part rounds"
+).split()
+
+
+@dataclass
+class Row:
+    """One measurement; ``problem`` says why it has no times, ``refused`` who would not run."""
+
+    what: shapes.Measurement
+    tokens: int = 0
+    problem: str = ""
+    times: dict[str, Timing] | None = None
+    refused: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        return self.times["baseline"].median / self.times["fastseq"].median
+
+    @property
+    def gflops(self) -> float:
+        return self.what.flop(self.tokens) / self.times["fastseq"].median / 1e9
+
+    @property
+    def doubtful(self) -> bool:
+        return max(self.times[name].spread for name in ("fastseq", "baseline")) > NOISY
+
+    def peak_part(self, peak: float) -> float:
+        """NaN where the peak is of another dtype, or unknown."""
+        return self.gflops / peak if self.what.dtype == "float32" else math.nan
+
+    def milliseconds(self, name: str) -> str:
+        if name in self.refused:
+            return "refused"
+        timing = (self.times or {}).get(name)
+        return "" if timing is None else f"{timing.median * 1e3:.4g}"
+
+    def record(self, peak: float, met: str) -> dict[str, object]:
+        m = self.what
+        row = {name: getattr(m, name) for name in ("cell", "group", "variant", "mode", "dtype")}
+        row |= dict(zip("TBIH", m.sizes, strict=True)) | {"baseline": m.baseline, "met": met}
+        if m.target is not None:
+            row |= {"target": f"{m.target:.4g}", "target_of": "geomean" if m.geomean else "row"}
+        if self.times is None:
+            return row | {"status": self.problem}
+        for name in ("fastseq", "baseline"):
+            timing = self.times[name]
+            row[f"{name}_ms"] = f"{timing.median * 1e3:.4g}"
+            row[f"{name}_q1_ms"] = f"{timing.low * 1e3:.4g}"
+            row[f"{name}_q3_ms"] = f"{timing.high * 1e3:.4g}"
+        for name in (*baselines.OTHERS, *baselines.COMPILE):
+            row[f"{name}_ms"] = self.milliseconds(name)
+        part = self.peak_part(peak)
+        return row | {
+            "status": "ok",
+            "ratio": f"{self.ratio:.3f}",
+            "gflops": f"{self.gflops:.1f}",
+            "peak_part": "" if math.isnan(part) else f"{part:.3f}",
+            "rounds": self.times["fastseq"].rounds,
+        }
+
+
+def geomean(row: Row, rows: list[Row]) -> float | None:
+    """Of the ratios that share the row's target; None while one of them is missing."""
+    m = row.what
+    key = (m.cell, m.group, m.variant)
+    same = [r for r in rows if (r.what.cell, r.what.group, r.what.variant) == key]
+    same = [r for r in same if r.what.geomean]
+    if any(r.times is None for r in same):
+        return None
+    return math.exp(sum(math.log(r.ratio) for r in same) / len(same))
+
+
+def met(row: Row, rows: list[Row]) -> str:
+    """ "yes", "no", or nothing where there is no target."""
+    if row.what.target is None:
+        return ""
+    if row.times is None:
+        return "no"
+    reached = geomean(row, rows) if row.what.geomean else row.ratio
+    return "yes" if reached is not None and reached >= row.what.target else "no"
+
+
+def against(m: shapes.Measurement, tested: Subject) -> tuple[Subject, str, int]:
+    """What a measurement's baseline runs: subject, side, and how many such calls it stands for."""
+    if m.baseline == "padded":
+        return subject(m, padded=True), "fastseq", 1
+    if m.variant == "long":
+        return subject(m, T=m.sizes[0] // 10), "fastseq", 10
+    return tested, "torch", 1
+
+
+def measure(m: shapes.Measurement, seconds: float, compile: bool) -> Row:
+    """Time one measurement, already checked."""
+    tested = subject(m)
+    other, side, calls = against(m, tested)
+    theirs = other.module(side)
+    once = other.step(theirs, m.mode)
+    pair = {"fastseq": tested.step(tested.module("fastseq"), m.mode), "baseline": once}
+    times = interleaved(pair, seconds)
+    if calls > 1:
+        timing = times["baseline"]
+        scaled = (calls * timing.median, calls * timing.low, calls * timing.high)
+        times["baseline"] = Timing(*scaled, timing.rounds)
+    row = Row(m, tested.tokens, times=times)
+    if m.baseline != "torch" or m.group == "packed":
+        return row
+    for name, make in (baselines.OTHERS | (baselines.COMPILE if compile else {})).items():
+        if name in baselines.OTHERS and m.group == "cells":
+            continue
+        call = make(theirs, m.mode)
+        if call is None:
+            continue
+        run = tested.step(call, m.mode)
+        if name in baselines.OTHERS:
+            verify_other(name, call, tested)
+        try:
+            run()
+        except Exception:  # torch's compiler has no type of its own for all it refuses
+            if name not in baselines.COMPILE:
+                raise
+            row.refused += (name,)
+            continue
+        row.times |= interleaved({name: run}, seconds / 2)
+    return row
+
+
+def verify_other(name: str, call: object, tested: Subject) -> None:
+    """A baseline set up wrongly would flatter us; its own rounding is not our concern."""
+    exact = tested.case.to(torch.float64)
+    truth = exact.reference()(*exact.inputs.values())[0]
+    assert_close_to_reference(call(tested.case.inputs["x"])[0], truth, what=name)
+
+
+def write_csv(path: Path, rows: list[Row], about: dict[str, str], peak: float) -> None:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        for key, value in about.items():
+            file.write(f"# {key}: {value}\n")
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(row.record(peak, met(row, rows)) for row in rows)
+
+
+def table(group: str, rows: list[Row], peak: float) -> Table:
+    """Milliseconds of every side, the ratio against its target, and the part of the peak."""
+    known = (*baselines.OTHERS, *baselines.COMPILE)
+    others = [n for n in known if any(r.milliseconds(n) for r in rows)]
+    caption = (
+        f"peak: {peak:.0f} GFLOP/s in float32 FMAs; ?: quartiles {NOISY:.0%} of the median apart; "
+        "g: target of the geometric mean; refused: torch.compile(fullgraph=True) raised"
+    )
+    shown = Table(title=f"{group}, on the CPU", caption=caption)
+    for head in ("cell", "T, B, I, H", "mode", "against"):
+        shown.add_column(head, no_wrap=True)
+    heads = ("fastseq ms", "baseline ms", *(f"{name} ms" for name in others))
+    for head in (*heads, "ratio", "target", "met", "of peak"):
+        shown.add_column(head, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        m = row.what
+        cells = [m.name, m.label, m.mode, m.baseline]
+        target = "" if m.target is None else f"{m.target:.3g}" + ("g" if m.geomean else "")
+        if row.times is None:
+            cells += ["-"] * len(heads) + ["-", target, "[red]wrong", "-"]
+        else:
+            cells += [row.milliseconds(name) for name in ("fastseq", "baseline", *others)]
+            reached = met(row, rows)
+            good = reached == "yes"
+            colour = "green" if good else "yellow" if row.ratio >= 1 else "red"
+            doubt = "?" if row.doubtful else ""
+            part = row.peak_part(peak)
+            cells += [f"[{colour}]{row.ratio:.2f}{doubt}", target, reached]
+            cells.append("" if math.isnan(part) else f"{part:.0%}")
+        last = i + 1 == len(rows) or rows[i + 1].what.name != m.name
+        shown.add_row(*cells, end_section=last)
+    return shown
+
+
+def measured(
+    chosen: list[shapes.Measurement], seconds: float, compile: bool, console: Console
+) -> list[Row]:
+    """Check and time all; the modes of one size share a check."""
+    rows: list[Row] = []
+    answers: dict[tuple[object, ...], str] = {}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for m in chosen:
+            progress.update(task, description=f"{m.group}: {m.name} {m.label} {m.mode}")
+            key = (m.group, m.cell, m.variant, m.sizes)
+            try:
+                if key not in answers:
+                    answers[key] = ""
+                    verify(m)
+                problem = answers[key]
+                row = Row(m, problem=problem) if problem else measure(m, seconds, compile)
+            except AssertionError as error:
+                answers[key] = f"wrong: {error}"
+                row = Row(m, problem=answers[key])
+            rows.append(row)
+            progress.advance(task)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 0 if every answer was right, 1 if one was wrong, 2 for bad arguments."""
+    parser = argparse.ArgumentParser(prog="bench_recurrent", description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", default="all", help=f"among {','.join(shapes.CELLS)} (all)")
+    parser.add_argument("--group", default="all", help=f"among {','.join(shapes.GROUPS)} (all)")
+    parser.add_argument("--rows", default="all", help="of those, by number from 1, as 1,3 (all)")
+    parser.add_argument("--quick", action="store_true", help="half the time a measurement")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too; takes minutes")
+    parser.add_argument("--threads", type=int, help="threads of torch's pool (as torch chooses)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for CSV and picture")
+    arguments = parser.parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 130
+    try:
+        chosen = shapes.select(arguments.cells, arguments.group, arguments.rows)
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        check_writable(arguments.output)
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.exit(2, f"bench_recurrent: {error}\n")
+    warning = busy()
+    if warning:
+        console.print(f"[yellow]These timings will mislead: {warning}.")
+    peak = peak_gflops()
+    about = machine() | {"peak GFLOP/s": f"{peak:.0f}", "load": warning or "idle"}
+    console.print(", ".join(f"{key}: {value}" for key, value in about.items()))
+
+    seconds = QUICK_SECONDS if arguments.quick else SECONDS
+    rows = measured(chosen, seconds, arguments.compile, console)
+    for group in shapes.GROUPS:
+        of_group = [row for row in rows if row.what.group == group]
+        if of_group:
+            console.print(table(group, of_group, peak))
+    for row in rows:
+        if row.problem:
+            where = f"{row.what.name} {row.what.label} {row.what.mode}"
+            console.print(f"[red]{where}: {row.problem}", highlight=False, markup=True)
+    everything = len(chosen) == len(list(shapes.measurements()))
+    name = "recurrent_cpu" if everything and not arguments.quick else "recurrent_cpu_quick"
+    path = arguments.output / name
+    write_csv(path.with_suffix(".csv"), rows, about, peak)
+    speedups(path.with_suffix(".csv"), path.with_suffix(".png"), "Recurrent layers on the CPU")
+    console.print(f"Wrote {path}.csv and .png")
+    return 1 if any(row.problem for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
