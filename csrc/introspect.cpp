@@ -70,7 +70,8 @@ FASTSEQ_EXPORT int fastseq_gemm_f32(const char* isa, const float* a, const float
 }
 
 // The float32 FLOP/s one core reaches in fused multiply-adds on registers alone: the best of the
-// stretches that fit into `seconds`, at least one. Negative for an instruction set that is not here.
+// stretches that fit into `seconds`, at least one. Negative for an instruction set that is not
+// here.
 FASTSEQ_EXPORT double fastseq_peak_flops_f32(const char* isa, double seconds) {
   const fastseq::Kernels* k = find(isa);
   if (!k) return -1;

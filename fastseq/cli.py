@@ -398,19 +398,19 @@ def bench(context: typer.Context) -> None:
     """Time the LSTM against torch's, with a correctness check first.
 
     Needs the source tree: benchmarks are not installed. All arguments go to
-    benchmarks/bench_lstm.py; `fastseq bench -- --help` lists them.
+    benchmarks/bench_recurrent.py; `fastseq bench -- --help` lists them.
 
     Example: `fastseq bench --quick --rows 1,3`
     """
     root = Path(__file__).resolve().parent.parent
-    script = root / "benchmarks" / "bench_lstm.py"
+    script = root / "benchmarks" / "bench_recurrent.py"
     if not script.is_file():
         raise FileNotFoundError(
             f"expected the source tree of fastseq, got no {script}; "
             "run this in a checkout installed with pip install -e ."
         )
     sys.path.insert(0, str(root))
-    raise typer.Exit(import_module("benchmarks.bench_lstm").main(context.args))
+    raise typer.Exit(import_module("benchmarks.bench_recurrent").main(context.args))
 
 
 def main() -> None:

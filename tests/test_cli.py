@@ -447,7 +447,7 @@ def test_bench_hands_all_arguments_on(monkeypatch):
     assert "--quick" in result.stdout
     said = []
     script = SimpleNamespace(main=lambda arguments: said.extend(arguments) or 3)
-    monkeypatch.setattr("fastseq.cli.import_module", {"benchmarks.bench_lstm": script}.get)
+    monkeypatch.setattr("fastseq.cli.import_module", {"benchmarks.bench_recurrent": script}.get)
     assert invoke("bench", "--quick", "--rows", "1,3", "--", "--help").exit_code == 3
     assert said == ["--quick", "--rows", "1,3", "--help"]
 
