@@ -19,7 +19,7 @@ from statistics import median
 import torch
 
 from benchmarks.measure import busy, interleaved, machine
-from benchmarks.shapes import MODES, select
+from benchmarks.shapes import MODES
 from fastseq import functional
 from fastseq._files import atomic_write, check_writable
 from fastseq.reference import scores
@@ -45,6 +45,22 @@ SIZES = {
 }
 # Special functions a clock and multiprocessor; gfx9 and NVIDIA alike.
 SPECIAL_RATE = 16
+
+
+def select(shapes: list, chosen: str) -> list:
+    """The shapes named by a list such as ``1,3`` (counted from 1), or ``all``.
+
+    Raises:
+        ValueError: not a number, or no such row.
+    """
+    if chosen == "all":
+        return shapes
+    picked = []
+    for word in chosen.split(","):
+        if not word.strip().isdigit() or not 1 <= int(word) <= len(shapes):
+            raise ValueError(f"expected rows from 1 to {len(shapes)}, got {word.strip()!r}")
+        picked.append(shapes[int(word) - 1])
+    return picked
 
 
 @dataclass
@@ -184,7 +200,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         parser.exit(2, f"bench_attention: {error}\n")
     about = machine()
-    del about["dtype"]
     if device == "cuda":
         about["gpu"] = torch.cuda.get_device_name()
     else:

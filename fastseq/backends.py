@@ -78,6 +78,25 @@ def recurrent_obstacle(cell: str, x: Tensor, params: Sequence[Tensor]) -> str | 
     return None if obstacle is None else refuse(cell, obstacle)
 
 
+def torch_is_faster(cell: str, x: Tensor, one_step: bool = False) -> str | None:
+    """Why a call both could run is left to torch; None where the kernel is to run it.
+
+    Args:
+        cell: of a call without lengths, resets or zoneout.
+        x: the input.
+        one_step: whether the call is a single step of a cell, x [B, I].
+    """
+    if torch.compiler.is_compiling() or _forced.get() == "cpu":
+        return None
+    # Measured, benchmarks/results/recurrent_cpu.csv: oneDNN uses bfloat16 instructions.
+    if cell == "lstm" and x.dtype is torch.bfloat16 and not one_step:
+        return "torch's LSTM is faster in bfloat16"
+    # A step packs the weights anew: for few rows that costs more than the step.
+    if one_step and x.shape[0] <= 4 and x.shape[-1] > 64:
+        return "torch's cell is faster for so few rows"
+    return None
+
+
 def refuse(cell: str, obstacle: str) -> str:
     """The obstacle, where another backend may run the call.
 
@@ -126,10 +145,13 @@ def autocast_dtype(cell: str, x: Tensor, batch_sizes: Tensor | None) -> torch.dt
     return torch.get_autocast_dtype("cpu") if lowered else x.dtype
 
 
-def recurrent_explanation(cell: str, x: Tensor, params: Sequence[Tensor]) -> Explanation:
-    """What :func:`recurrent_obstacle` finds, in words."""
+def recurrent_explanation(
+    cell: str, x: Tensor, params: Sequence[Tensor], one_step: bool = False
+) -> Explanation:
+    """What :func:`recurrent_obstacle` and :func:`torch_is_faster` find, in words."""
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
     obstacle = obstacle or _recurrent_obstacle(cell, x, params, False)
+    obstacle = obstacle or torch_is_faster(cell, x, one_step)
     if obstacle is not None:
         return Explanation(cell, "torch", obstacle)
     return Explanation(cell, "cpu", f"the {_native.isa()} kernel ({_native.isa_reason()})")

@@ -48,7 +48,10 @@ def _explain_module(module, input=None, hx=None, **keywords) -> Explanation:
     weights = [w for w in module._weights_now() or () if w is not None]
     x = input.data if isinstance(input, PackedSequence) else input
     return backends.recurrent_explanation(
-        module.cell_name, x if isinstance(x, Tensor) else weights[0], weights
+        module.cell_name,
+        x if isinstance(x, Tensor) else weights[0],
+        weights,
+        one_step=isinstance(module, _FastCell),
     )
 
 

@@ -29,7 +29,7 @@ CALLS = {
     "stacked": (dict(num_layers=2, dropout=0.3, bidirectional=True), "cpu", ""),
     "no bias": (dict(bias=False, batch_first=True), "cpu", ""),
     "projected": (dict(proj_size=3), "cpu", ""),
-    "bfloat16": (dict(dtype=torch.bfloat16), "cpu", ""),
+    "bfloat16": (dict(dtype=torch.bfloat16), "torch", "bfloat16"),
     "float16": (dict(dtype=torch.float16), "cpu", ""),
     "meta": (dict(device="meta"), "torch", "meta"),
 }
@@ -51,8 +51,8 @@ def test_explain_of_a_function():
     case = lstm_case(5, 3, 4, 6)
     params = [t for n, t in case.inputs.items() if n.startswith(("weight", "bias"))]
     assert fastseq.explain(functional.lstm, case.inputs["x"], None, params).backend == "cpu"
-    half = [p.bfloat16() for p in params]
-    explanation = fastseq.explain(functional.lstm, case.inputs["x"].bfloat16(), None, half)
+    half = [p.half() for p in params]
+    explanation = fastseq.explain(functional.lstm, case.inputs["x"].half(), None, half)
     assert explanation.backend == "cpu"
     explanation = fastseq.explain(functional.layer_norm_lstm, case.inputs["x"], None, params)
     assert explanation.backend == "torch" and "layer_norm_lstm" in str(explanation)
@@ -96,7 +96,11 @@ def test_torch_backend_is_torchs_bits():
 
 
 @native
-@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call[1] == "torch"])
+@pytest.mark.parametrize(
+    # Of what the kernel could run and torch runs faster, "cpu" runs the kernel.
+    "name",
+    [name for name, call in CALLS.items() if call[1] == "torch" and name != "bfloat16"],
+)
 def test_a_forced_backend_that_cannot_run_raises_the_sentence(name):
     options, _, said = CALLS[name]
     module, x = lstm_and_input(**options)

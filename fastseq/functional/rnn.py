@@ -227,10 +227,11 @@ def call(cell, input, hx, params, options):
     sides = options.num_layers * (2 if options.bidirectional else 1)
     if obstacle is None and options.zoneout != NO_ZONEOUT and len(params) // sides % 2:
         obstacle = backends.refuse(cell, "no kernel for zoneout of a projected LSTM yet")
-    if obstacle is None:
-        return stack(cell, input, hx, params, options)
     plain = options.lengths is None and options.resets is None and options.zoneout == NO_ZONEOUT
-    if plain and cell in _TORCH:
+    plain = plain and cell in _TORCH
+    if obstacle is None and not (plain and backends.torch_is_faster(cell, input)):
+        return stack(cell, input, hx, params, options)
+    if plain:
         return _by_torch(cell, input, hx, params, options)
     return stack(cell, input, hx, params, options, kernel=False)
 

@@ -39,10 +39,11 @@ class _FastCell:
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
         if weights is None or not self._serves(input, states):
             return super().forward(input, hx)
-        if backends.recurrent_obstacle(self.cell_name, input, weights) is not None:
-            return super().forward(input, hx)
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
+        obstacle = backends.recurrent_obstacle(self.cell_name, input, weights)
+        if obstacle or backends.torch_is_faster(self.cell_name, x[0], one_step=True):
+            return super().forward(input, hx)
         leading = (1,) if batched else (1, 1)
         initial = [s.expand(*leading, *s.shape) for s in states] or None
         _, *after = stack(self.cell_name, x, initial, weights, Options(len(weights) == 4))

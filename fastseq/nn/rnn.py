@@ -94,7 +94,7 @@ class _FastLayer:
         )
         if serves and not more:
             obstacle = backends.recurrent_obstacle(cell, x, weights)
-            if obstacle is not None and self._is_torchs:
+            if self._is_torchs and (obstacle or backends.torch_is_faster(cell, x)):
                 return super().forward(input, hx)
             output, *state = stack(cell, x, state, weights, options, kernel=obstacle is None)
         else:

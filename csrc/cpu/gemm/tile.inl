@@ -45,7 +45,7 @@ struct ColumnsOfA {
 constexpr int64_t kChain = 128;
 // For sums over K tokens, most accurate at the square root of K: chains and what they add up to are
 // then equally long. Below 32 the adding up would cost more than a tenth.
-inline int64_t chain_over(int64_t K) { return K <= 1024 ? 32 : K <= 4096 ? 64 : kChain; }
+inline int64_t chain_over(int64_t K) { return K <= 1024 ? 32 : K <= 2048 ? 64 : kChain; }
 
 // acc[m][v] += sum over k in [k0, k1) of A[m][k] * B[k][v]. B: `Panels` panels of `Vectors` vectors
 // a k, [K][Vectors * lanes], `panel_stride` elements apart. Few rows take several panels, for sums
