@@ -157,5 +157,5 @@ def build_info() -> dict[str, str]:
     return {
         "compiler": library().fastseq_compiler().decode(),
         "isas": " ".join(built),
-        "left out": " ".join([*left_out, "GPU kernels (CUDA tensors run on PyTorch's own)"]),
+        "left out": " ".join([*left_out, "CUDA C++ kernels"]),
     }
