@@ -77,7 +77,9 @@ class NinjaBuild(build_ext):
             self.run_ninja(cxx, torch, isas, output)
         if not isas and os.environ.get("FASTSEQ_REQUIRE_NATIVE") == "1":
             raise RuntimeError("fastseq: " + "; ".join(left_out))
-        left_out.append("CUDA C++ kernels: none yet; recurrent layers on CUDA tensors run on PyTorch's own")
+        left_out.append(
+            "CUDA C++ kernels: none yet; recurrent layers on a GPU run on PyTorch's own"
+        )
         print(f"fastseq: built CPU kernels for: {' '.join(isas) or 'nothing'} (compiler: {cxx})")
         for line in left_out:
             print(f"fastseq: left out {line}")

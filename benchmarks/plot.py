@@ -51,12 +51,13 @@ def speedups(results: Path, picture: Path, title: str) -> None:
     longest = max([1.0, *values])
     for axes, cell in zip(panels, cells, strict=True):
         for row in (r for r in rows if r["cell"] == cell):
-            _bar(axes, row, names[cell].index(_name(row)), longest)
+            _bar(axes, row, names[cell].index(_name(row)))
         axes.axvline(1, color="gray", ls="--", lw=1)
         labels = [f"{v or g}: {', '.join(sizes)}" for _, g, v, *sizes in names[cell]]
         axes.set_yticks(range(len(labels)), labels, fontsize=7)
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_xlim(0, longest * 1.1)
+        axes.set_xscale("log")
+        axes.set_xlim(0.5, longest * 1.4)
         axes.set_title(cell, loc="left", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     for mode in COLOURS:
@@ -78,25 +79,17 @@ def speedups(results: Path, picture: Path, title: str) -> None:
         figure.savefig(temporary)
 
 
-def _bar(axes: object, row: dict[str, str], place: int, longest: float) -> None:
+def _bar(axes: object, row: dict[str, str], place: int) -> None:
     height = 0.8 / len(COLOURS)
     y = place + (list(COLOURS).index(row["mode"]) - (len(COLOURS) - 1) / 2) * height
     if row["target"]:
         target = float(row["target"])
         axes.plot([target] * 2, [y - height / 2, y + height / 2], color="black", lw=2, zorder=3)
     if row["status"] != "ok":
-        axes.text(0.05, y, "wrong", va="center", color="red", fontsize=6)
+        axes.text(0.55, y, "wrong", va="center", color="red", fontsize=6)
         return
     ratio = float(row["ratio"])
     axes.barh(y, ratio, height * 0.92, color=COLOURS[row["mode"]])
-    # Inside the bar, where no tick can be taken for what the number belongs to.
-    inside = ratio > 0.08 * longest
-    axes.text(
-        ratio + (-0.01 if inside else 0.01) * longest,
-        y,
-        f"{ratio:.2f}",
-        va="center",
-        ha="right" if inside else "left",
-        color="white" if inside else "black",
-        fontsize=6,
-    )
+    # Beyond the tick too, so that it crosses no number.
+    end = max(ratio, float(row["target"] or 0))
+    axes.text(end * 1.07, y, f"{ratio:.2f}", va="center", fontsize=5.5)

@@ -176,15 +176,15 @@ def test_keys_are_projected_once_a_source(make_pair, monkeypatch):
     assert len(sources) == 1
 
 
-def test_logits_wait_for_one_product_a_run(make_pair):
+def test_logits_wait_for_two_products_a_run(make_pair):
     _, fast = make_pair("attention")
     widths = []
     fast.decoder.fc.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
     tokens = torch.randint(11, (2, 6))
     fast(tokens, tokens, 1.0)
-    assert widths == [5]
+    assert widths == [3, 2]
     fast(tokens, tokens, 0.0)
-    assert widths == [5, 1, 1, 1, 1, 1]
+    assert widths == [3, 2, 1, 1, 1, 1, 1]
 
 
 def _prune(attention):
