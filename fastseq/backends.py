@@ -89,7 +89,8 @@ def torch_is_faster(cell: str, x: Tensor, one_step: bool = False) -> str | None:
     if torch.compiler.is_compiling() or _forced.get() == "cpu":
         return None
     # Measured, benchmarks/results/recurrent_cpu.csv: oneDNN uses bfloat16 instructions.
-    if cell == "lstm" and x.dtype is torch.bfloat16 and not one_step:
+    # (It refuses sequences of no steps.)
+    if cell == "lstm" and x.dtype is torch.bfloat16 and not one_step and x.numel():
         return "torch's LSTM is faster in bfloat16"
     # A step packs the weights anew: for few rows that costs more than the step.
     if one_step and x.shape[0] <= 4 and x.shape[-1] > 64:
