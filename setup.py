@@ -29,7 +29,7 @@ CXXFLAGS = (
     "-ffp-contract=off -fno-math-errno -fno-trapping-math"
 ).split()
 
-# Instruction sets, narrowest first: file csrc/cpu/isa/<name>.cpp is compiled with these flags.
+# Instruction sets, narrowest first: the kernel files csrc/cpu/<op>/<op>.cpp are compiled with each.
 ISA_FLAGS = {
     "scalar": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -107,24 +107,30 @@ class NinjaBuild(build_ext):
         version_hex = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
         torch_flags = [f"-DTORCH_TARGET_VERSION={version_hex}", f"-isystem {torch}/include"]
         sources = {
-            **{ROOT / f"csrc/cpu/isa/{isa}.cpp": ISA_FLAGS[isa] for isa in isas},
             **{path: [] for path in (ROOT / "csrc/cpu").glob("*.cpp")},
             **{path: [] for path in (ROOT / "csrc/cpu/support").glob("*.cpp")},
             **{path: [] for path in (ROOT / "csrc").glob("*.cpp")},
             **{path: torch_flags for path in (ROOT / "csrc/ops").glob("*.cpp")},
         }
+        objects = {
+            str(source.relative_to(ROOT / "csrc").with_suffix(".o")): (source, flags)
+            for source, flags in sources.items()
+        }
+        for source in (ROOT / "csrc/cpu").glob("*/*.cpp"):
+            if source.stem != source.parent.name:
+                continue
+            for isa in isas:
+                name = source.relative_to(ROOT / "csrc").with_suffix(f".{isa}.o")
+                objects[str(name)] = (source, [*ISA_FLAGS[isa], f"-DFASTSEQ_ISA={isa}"])
         with open(folder / "build.ninja", "w") as file:
             writer = ninja_syntax.Writer(file, width=200)
             writer.rule("compile", f"{cxx} -MD -MF $out.d $flags -c $in -o $out", depfile="$out.d")
             writer.rule("link", f"{cxx} -shared -o $out $in $libs")
-            objects = []
-            for source, flags in sorted(sources.items()):
-                name = str(source.relative_to(ROOT / "csrc").with_suffix(".o"))
-                objects.append(name)
+            for name, (source, flags) in sorted(objects.items()):
                 all_flags = " ".join([*CXXFLAGS, *have, *flags, *extra])
                 writer.build(name, "compile", str(source), variables={"flags": all_flags})
             libs = f"-L{torch}/lib -ltorch -ltorch_cpu -lc10 -pthread"
-            writer.build(LIBRARY, "link", objects, variables={"libs": libs})
+            writer.build(LIBRARY, "link", sorted(objects), variables={"libs": libs})
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", str(folder)], check=True)
         replacement = output.with_suffix(".new")
         shutil.copy2(folder / LIBRARY, replacement)

@@ -48,14 +48,14 @@ FASTSEQ_EXPORT int fastseq_map_f32(const char* isa, int function, const float* x
                                    int64_t n) {
   const fastseq::Kernels* k = find(isa);
   if (!k) return 1;
-  (function ? k->f32.tanh : k->f32.sigmoid)(x, y, n);
+  (function ? k->basic.f32->tanh : k->basic.f32->sigmoid)(x, y, n);
   return 0;
 }
 FASTSEQ_EXPORT int fastseq_map_f64(const char* isa, int function, const double* x, double* y,
                                    int64_t n) {
   const fastseq::Kernels* k = find(isa);
   if (!k) return 1;
-  (function ? k->f64.tanh : k->f64.sigmoid)(x, y, n);
+  (function ? k->basic.f64->tanh : k->basic.f64->sigmoid)(x, y, n);
   return 0;
 }
 
@@ -65,7 +65,7 @@ FASTSEQ_EXPORT int fastseq_gemm_f32(const char* isa, const float* a, const float
   const fastseq::Kernels* k = find(isa);
   if (!k) return 1;
   const fastseq::Gemm<float> g{M, N, K, a, K, 1, nullptr, b, N, nullptr, c, N, false, 0};
-  k->f32.gemm(g, fastseq::Threads{1, nullptr});
+  k->basic.f32->gemm(g, fastseq::Threads{1, nullptr});
   return 0;
 }
 
@@ -76,16 +76,16 @@ FASTSEQ_EXPORT double fastseq_peak_flops_f32(const char* isa, double seconds) {
   const fastseq::Kernels* k = find(isa);
   if (!k) return -1;
   using Clock = std::chrono::steady_clock;
-  // 1.6 million FMAs: about half a millisecond, long for the clock and short for the scheduler.
+  // 1.2 million FMAs: about half a millisecond, long for the clock and short for the scheduler.
   const int64_t rounds = 100000;
-  const double flop = 2.0 * double(rounds) * fastseq::kPeakChains * (k->vector_bytes / 4);
+  const double flop = 2.0 * double(rounds) * fastseq::kPeakChains * (k->machine.vector_bytes / 4);
   double best = 0;
   volatile float used = 0;
   const auto start = Clock::now();
   auto now = start;
   do {
     const auto before = Clock::now();
-    used = used + k->peak_f32(rounds);
+    used = used + k->machine.peak_f32(rounds);
     now = Clock::now();
     const double rate = flop / std::chrono::duration<double>(now - before).count();
     if (rate > best) best = rate;

@@ -6,6 +6,24 @@
 
 namespace fastseq {
 
+// The tables of a kernel file compiled for an instruction set; which of them are linked in is the
+// build's choice (FASTSEQ_HAVE_*).
+#define FASTSEQ_TABLES(isa)                                                     \
+  namespace isa {                                                               \
+  extern const Machine kMachine;                                                \
+  extern const Part<BasicFunctions> kBasicPart;                                 \
+  extern const Part<RecurrentFunctions> kRecurrentPart;                         \
+  static const Kernels kKernels = {#isa, kMachine, kBasicPart, kRecurrentPart}; \
+  }
+
+FASTSEQ_TABLES(scalar)
+#if defined(FASTSEQ_HAVE_AVX2)
+FASTSEQ_TABLES(avx2)
+#endif
+#if defined(FASTSEQ_HAVE_AVX512)
+FASTSEQ_TABLES(avx512)
+#endif
+
 namespace {
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -27,12 +45,12 @@ struct Choice {
 };
 
 const Choice kBuilt[] = {
-    {&kKernelsScalar, has_scalar},
+    {&scalar::kKernels, has_scalar},
 #if defined(FASTSEQ_HAVE_AVX2)
-    {&kKernelsAvx2, has_avx2},
+    {&avx2::kKernels, has_avx2},
 #endif
 #if defined(FASTSEQ_HAVE_AVX512)
-    {&kKernelsAvx512, has_avx512},
+    {&avx512::kKernels, has_avx512},
 #endif
 };
 constexpr int kBuiltCount = sizeof(kBuilt) / sizeof(kBuilt[0]);

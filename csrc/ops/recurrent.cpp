@@ -302,7 +302,7 @@ Tensors recurrent_fwd(int64_t cell, Tensor x, OptionalTensor h0, OptionalTensor 
     a.h_n = write<T>(out[1]);
     a.c_n = c.cell.states == 2 ? write<T>(out[2]) : nullptr;
     a.saved = save ? write<T>(out.back()) : nullptr;
-    kernels().of<T>().recurrent[cell].forward(a, torch_threads());
+    kernels().recurrent.of<T>()[cell].forward(a, torch_threads());
   });
   return out;
 }
@@ -383,7 +383,7 @@ Tensors recurrent_bwd(int64_t cell, OptionalTensor dy, OptionalTensor dh_n, Opti
       a.dparams[d] = gradient(4, need_dw && c.cell.params > 0);
       a.dw_hr[d] = gradient(5, need_dw && c.projected);
     }
-    kernels().of<T>().recurrent[cell].backward(a, torch_threads());
+    kernels().recurrent.of<T>()[cell].backward(a, torch_threads());
   });
   return out;
 }

@@ -1,0 +1,37 @@
+// Recurrent layers, of every cell.
+#include "../isa/isa.inl"
+
+// After the vector maths, which its templates look up by name.
+#include "../../cell/cells.h"
+
+namespace fastseq {
+namespace {
+
+#include "../gemm/gemm.inl"
+
+#include "plan.inl"
+
+#include "pack.inl"
+
+#include "tile.inl"
+
+#include "forward.inl"
+
+#include "backward_loop.inl"
+
+#include "deferred.inl"
+
+#include "backward.inl"
+
+#define FASTSEQ_ENTRY(name, Cell) {recurrent_forward<Cell, T>, recurrent_backward<Cell, T>},
+template <class T>
+const RecurrentFunctions<T> kRecurrent[] = {FASTSEQ_CELLS(FASTSEQ_ENTRY)};
+#undef FASTSEQ_ENTRY
+
+}  // namespace
+
+namespace FASTSEQ_ISA {
+extern const Part<RecurrentFunctions> kRecurrentPart;
+const Part<RecurrentFunctions> kRecurrentPart = {kRecurrent<float>, kRecurrent<double>};
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq
