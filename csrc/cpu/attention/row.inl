@@ -1,0 +1,361 @@
+// Attention of one query over one source: scores, softmax, context, and their gradients; and the
+// gradients of one source under many queries. S positions, K width of the score, C of the values.
+//
+// Rows of keys, extra and values lie `stride` elements apart, contiguous inside; extra, masks and
+// cotangents may be null where said. Outputs alias no input. Nothing here starts a thread, and no
+// result depends on another row.
+
+// All lanes added up, by halves.
+#if defined(FASTSEQ_SHUFFLE)
+template <class T, int Half, int... I>
+FASTSEQ_INLINE Vec<T> other_half(Vec<T> a, typename Square<T>::template Indices<I...>) {
+  return __builtin_shufflevector(a, a, (I ^ Half)...);
+}
+template <class T, int Half = kLanes<T> / 2>
+FASTSEQ_INLINE T sum_of_lanes(Vec<T> a) {
+  if constexpr (Half == 0) {
+    return a[0];
+  } else {
+    using All = typename Square<T>::template Upto<kLanes<T>>::type;
+    return sum_of_lanes<T, Half / 2>(a + other_half<T, Half>(a, All{}));
+  }
+}
+#else
+template <class T>
+FASTSEQ_INLINE T sum_of_lanes(Vec<T> a) {
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) a[lane] += a[lane + half];
+  }
+  return a[0];
+}
+#endif
+
+template <class T>
+FASTSEQ_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+// e^x for x <= 0, zero where it would be subnormal; NaN stays NaN.
+template <class T>
+FASTSEQ_INLINE Vec<T> exp_below_zero(Vec<T> x) {
+  using C = ExpConstants<T>;
+  const Exp<T> e = exp_parts<T>(clamp(x, C::min, C::max));
+  return x < broadcast(C::min) ? Vec<T>{} : (e.expm1 + T(1)) * e.power;
+}
+
+// What stands inside the tanh for lanes k, k + 1, ... of one position.
+template <class T, bool Extra>
+FASTSEQ_INLINE Vec<T> additive_term(Vec<T> q, const T* key, const T* extra, int64_t k, int lanes) {
+  const Vec<T> sum = q + load(key + k, lanes);
+  return Extra ? sum + load(extra + k, lanes) : sum;
+}
+
+template <class T, bool Extra>
+FASTSEQ_INLINE T additive_score(const T* q, const T* key, const T* extra, int64_t K, const T* v) {
+  constexpr int N = kLanes<T>;
+  Vec<T> total{};
+  for (int64_t k0 = 0; k0 < K; k0 += 2 * N * kChain) {
+    const int64_t end = min64(k0 + 2 * N * kChain, K);
+    Two<T> sum{};
+    int64_t k = k0;
+    for (; k + 2 * N <= end; k += 2 * N) {
+      const Two<T> x = {additive_term<T, Extra>(load(q + k), key, extra, k, N),
+                        additive_term<T, Extra>(load(q + k + N), key, extra, k + N, N)};
+      sum = fma(Two<T>{load(v + k), load(v + k + N)}, tanh(x), sum);
+    }
+    for (; k < end; k += N) {
+      const int lanes = int(min64(N, end - k));
+      const Vec<T> x = additive_term<T, Extra>(load(q + k, lanes), key, extra, k, lanes);
+      sum.a = fma(load(v + k, lanes), tanh(x), sum.a);
+    }
+    total += sum.a + sum.b;
+  }
+  return sum_of_lanes<T>(total);
+}
+
+// e[s] = scale * sum over k of v[k] tanh(q[k] + keys[s][k] + extra[s][k]); extra may be null.
+// Positions that `mask` (null: all) does not attend to are skipped: e is 0 there.
+template <class T>
+void additive_scores(const T* q, const T* keys, int64_t key_stride, const T* extra,
+                     int64_t extra_stride, int64_t S, int64_t K, const T* v, T scale, T* e,
+                     const uint8_t* mask = nullptr) {
+  for (int64_t s = 0; s < S; ++s) {
+    const T* key = keys + s * key_stride;
+    if (mask && !mask[s]) {
+      e[s] = 0;
+    } else if (extra) {
+      e[s] = scale * additive_score<T, true>(q, key, extra + s * extra_stride, K, v);
+    } else {
+      e[s] = scale * additive_score<T, false>(q, key, nullptr, K, v);
+    }
+  }
+}
+
+// q against Rows rows of keys.
+template <class T, int Rows>
+FASTSEQ_INLINE void dot_rows(const T* q, const T* keys, int64_t stride, int64_t K, T scale, T* e) {
+  constexpr int N = kLanes<T>;
+  Vec<T> total[Rows] = {};
+  for (int64_t k0 = 0; k0 < K; k0 += 2 * N * kChain) {
+    const int64_t end = min64(k0 + 2 * N * kChain, K);
+    Two<T> sum[Rows] = {};
+    int64_t k = k0;
+    for (; k + 2 * N <= end; k += 2 * N) {
+      const Two<T> x = {load(q + k), load(q + k + N)};
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const T* key = keys + r * stride + k;
+        sum[r] = fma(x, Two<T>{load(key), load(key + N)}, sum[r]);
+      }
+    }
+    for (; k < end; k += N) {
+      const int lanes = int(min64(N, end - k));
+      const Vec<T> x = load(q + k, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        sum[r].a = fma(x, load(keys + r * stride + k, lanes), sum[r].a);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) total[r] += sum[r].a + sum[r].b;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) e[r] = scale * sum_of_lanes<T>(total[r]);
+}
+
+// e[s] = scale * sum over k of q[k] keys[s][k].
+template <class T>
+void dot_scores(const T* q, const T* keys, int64_t key_stride, int64_t S, int64_t K, T scale,
+                T* e) {
+  constexpr int kTogether = 4;
+  int64_t s = 0;
+  for (; s + kTogether <= S; s += kTogether) {
+    dot_rows<T, kTogether>(q, keys + s * key_stride, key_stride, K, scale, e + s);
+  }
+  for (; s < S; ++s) dot_rows<T, 1>(q, keys + s * key_stride, key_stride, K, scale, e + s);
+}
+
+// Scores to weights, in place. Zero where `mask` (null: all) does not attend, whatever e holds
+// there; all zero where it attends to nothing.
+template <class T>
+void masked_softmax(T* e, const uint8_t* mask, int64_t S) {
+  constexpr int N = kLanes<T>;
+  constexpr T kLowest = -__builtin_huge_val();
+  if (mask) {
+    for (int64_t s = 0; s < S; ++s) e[s] = mask[s] ? e[s] : kLowest;
+  }
+  T largest = kLowest;
+  int64_t s = 0;
+  if (S >= N) {
+    Vec<T> most = load(e);
+    for (s = N; s + N <= S; s += N) most = larger<T>(load(e + s), most);
+    for (int lane = 0; lane < N; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+  }
+  for (; s < S; ++s) largest = e[s] > largest ? e[s] : largest;
+  if (mask && largest == kLowest) {
+    for (s = 0; s < S; ++s) e[s] = 0;
+    return;
+  }
+  Vec<T> sum{};
+  for (s = 0; s < S; s += N) {
+    const int lanes = int(min64(N, S - s));
+    const Vec<T> power = exp_below_zero<T>(load(e + s, lanes) - largest);
+    store(e + s, power, lanes);
+    sum += lanes < N ? load(e + s, lanes) : power;
+  }
+  const Vec<T> divisor = broadcast(sum_of_lanes<T>(sum));
+  for (s = 0; s < S; s += N) {
+    const int lanes = int(min64(N, S - s));
+    store(e + s, load(e + s, lanes) / divisor, lanes);
+  }
+  // A NaN among the scores is everywhere now.
+  if (mask && divisor[0] != divisor[0]) {
+    for (s = 0; s < S; ++s) e[s] = mask[s] ? e[s] : T(0);
+  }
+}
+
+// Vectors vectors of columns, `lanes` of the last.
+template <class T, int Vectors>
+FASTSEQ_INLINE void weighted_columns(const T* p, const T* values, int64_t stride, int64_t S,
+                                     int lanes, T* context) {
+  constexpr int N = kLanes<T>;
+  Vec<T> total[Vectors] = {};
+  for (int64_t s0 = 0; s0 < S; s0 += kChain) {
+    const int64_t end = min64(s0 + kChain, S);
+    Vec<T> sum[Vectors] = {};
+    for (int64_t s = s0; s < end; ++s) {
+      if (p[s] == T(0)) continue;
+      const Vec<T> weight = broadcast(p[s]);
+      const T* row = values + s * stride;
+#pragma GCC unroll 8
+      for (int i = 0; i < Vectors - 1; ++i) sum[i] = fma(weight, load(row + i * N), sum[i]);
+      const int last = Vectors - 1;
+      sum[last] = fma(weight, load(row + last * N, lanes), sum[last]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; ++i) total[i] += sum[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Vectors - 1; ++i) store(context + i * N, total[i]);
+  store(context + (Vectors - 1) * N, total[Vectors - 1], lanes);
+}
+
+// context[c] = sum over s of p[s] values[s][c]; rows of no weight are not read. With d_e for p and
+// keys for values, the gradient of a dot score's query.
+template <class T>
+void weighted_sum(const T* p, const T* values, int64_t stride, int64_t S, int64_t C, T* context) {
+  constexpr int64_t N = kLanes<T>, kVectors = 8;
+  for (int64_t c = 0; c < C; c += kVectors * N) {
+    const int64_t columns = min64(kVectors * N, C - c);
+    const int64_t vectors = ceil_div(columns, N);
+    with_const<int(kVectors)>(int(vectors), [&](auto count) {
+      const int lanes = int(columns - (vectors - 1) * N);
+      weighted_columns<T, decltype(count)::value>(p, values + c, stride, S, lanes, context + c);
+    });
+  }
+}
+
+// d_e[s], the gradient of the scores before `scale`, from those of the context [C] and of the
+// weights p [S], one of which may be null. Zero wherever p is.
+template <class T>
+void score_gradients(const T* p, const T* d_context, const T* d_weights, const T* values,
+                     int64_t stride, int64_t S, int64_t C, T scale, T* d_e) {
+  constexpr int N = kLanes<T>;
+  if (d_context) dot_scores(d_context, values, stride, S, C, T(1), d_e);
+  Vec<T> total{};
+  for (int64_t s0 = 0; s0 < S; s0 += N * kChain) {
+    Vec<T> sum{};
+    for (int64_t s = s0; s < min64(s0 + N * kChain, S); s += N) {
+      const int lanes = int(min64(N, S - s));
+      Vec<T> d_p = d_context ? load(d_e + s, lanes) : Vec<T>{};
+      if (d_weights) d_p += load(d_weights + s, lanes);
+      store(d_e + s, d_p, lanes);
+      sum = fma(load(p + s, lanes), d_p, sum);
+    }
+    total += sum;
+  }
+  const T mean = sum_of_lanes<T>(total);
+  for (int64_t s = 0; s < S; s += N) {
+    const int lanes = int(min64(N, S - s));
+    store(d_e + s, (load(d_e + s, lanes) - mean) * load(p + s, lanes) * scale, lanes);
+  }
+}
+
+template <class T, bool Extra>
+FASTSEQ_INLINE void additive_query_lanes(const T* q, const T* keys, int64_t key_stride,
+                                         const T* extra, int64_t extra_stride, int64_t S,
+                                         const T* v, const T* d_e, int64_t k, int lanes, T* d_q) {
+  const Vec<T> x = load(q + k, lanes);
+  Vec<T> total{};
+  for (int64_t s0 = 0; s0 < S; s0 += kChain) {
+    Vec<T> sum{};
+    for (int64_t s = s0; s < min64(s0 + kChain, S); ++s) {
+      if (d_e[s] == T(0)) continue;
+      const Vec<T> t = tanh(additive_term<T, Extra>(
+          x, keys + s * key_stride, Extra ? extra + s * extra_stride : extra, k, lanes));
+      sum = fma(broadcast(d_e[s]), fma(-t, t, broadcast(T(1))), sum);
+    }
+    total += sum;
+  }
+  store(d_q + k, load(v + k, lanes) * total, lanes);
+}
+
+// d_q[k] = v[k] * sum over s of d_e[s] (1 - tanh^2), the tanh made anew.
+template <class T>
+void additive_query_gradient(const T* q, const T* keys, int64_t key_stride, const T* extra,
+                             int64_t extra_stride, int64_t S, int64_t K, const T* v, const T* d_e,
+                             T* d_q) {
+  constexpr int N = kLanes<T>;
+  for (int64_t k = 0; k < K; k += N) {
+    const int lanes = int(min64(N, K - k));
+    if (extra) {
+      additive_query_lanes<T, true>(q, keys, key_stride, extra, extra_stride, S, v, d_e, k, lanes,
+                                    d_q);
+    } else {
+      additive_query_lanes<T, false>(q, keys, key_stride, extra, extra_stride, S, v, d_e, k, lanes,
+                                     d_q);
+    }
+  }
+}
+
+// Queries of one source and what is known of their scores.
+template <class T>
+struct ScoredQueries {
+  int64_t Q;
+  const T* q;  // [Q][K]
+  int64_t q_stride;
+  const T* d_e;  // [Q][S], as score_gradients makes it
+  int64_t d_e_stride;
+  T* d_q;  // [Q][K], added to; or null
+  int64_t d_q_stride;
+};
+
+// As many positions as registers hold beside the constants of the tanh: each holds its key and the
+// key's gradient while the queries pass.
+constexpr int kPositions = FASTSEQ_VECTOR_BYTES == 64 ? 4 : 2;
+
+template <class T, int Positions>
+FASTSEQ_INLINE void additive_source_lanes(const ScoredQueries<T>& a, const Vec<T> (&key)[Positions],
+                                          int64_t s, int64_t k, int lanes, const T* v, T* d_keys,
+                                          int64_t d_key_stride, T* d_v) {
+  Vec<T> d_key[Positions] = {}, d_v_total{};
+  const Vec<T> weight = load(v + k, lanes);
+  for (int64_t q0 = 0; q0 < a.Q; q0 += kChain) {
+    Vec<T> sum[Positions] = {}, d_v_sum{};
+    for (int64_t i = q0; i < min64(q0 + kChain, a.Q); ++i) {
+      const T* d_e = a.d_e + i * a.d_e_stride + s;
+      bool any = false;
+#pragma GCC unroll 4
+      for (int r = 0; r < Positions; ++r) any |= d_e[r] != T(0);
+      if (!any) continue;
+      const Vec<T> q = load(a.q + i * a.q_stride + k, lanes);
+      Vec<T> d_query{};
+#pragma GCC unroll 4
+      for (int r = 0; r < Positions; ++r) {
+        const Vec<T> t = tanh(q + key[r]), d = broadcast(d_e[r]);
+        const Vec<T> d_term = d * fma(-t, t, broadcast(T(1)));
+        sum[r] += d_term;
+        d_query += d_term;
+        d_v_sum = fma(d, t, d_v_sum);
+      }
+      if (a.d_q) {
+        T* d_q = a.d_q + i * a.d_q_stride + k;
+        store(d_q, fma(weight, d_query, load(d_q, lanes)), lanes);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Positions; ++r) d_key[r] += sum[r];
+    d_v_total += d_v_sum;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Positions; ++r) {
+    store(d_keys + (s + r) * d_key_stride + k, weight * d_key[r], lanes);
+  }
+  store(d_v + k, load(d_v + k, lanes) + d_v_total, lanes);
+}
+
+// The gradients of one source's keys [S][K] (and extra: the same), written, and of v [K], added to,
+// under all of its queries; where a.d_q is given, those of the queries too, added to. d_v and d_q
+// are sums over ceil(S / kPositions) parts in a row: a long source is better given in pieces with
+// gradients of their own.
+template <class T>
+void additive_source_gradients(const ScoredQueries<T>& a, const T* keys, int64_t key_stride,
+                               const T* extra, int64_t extra_stride, int64_t S, int64_t K,
+                               const T* v, T* d_keys, int64_t d_key_stride, T* d_v) {
+  constexpr int N = kLanes<T>;
+  for (int64_t s = 0; s < S; s += kPositions) {
+    with_const<kPositions>(int(min64(kPositions, S - s)), [&](auto count) {
+      constexpr int kCount = decltype(count)::value;
+      for (int64_t k = 0; k < K; k += N) {
+        const int lanes = int(min64(N, K - k));
+        Vec<T> key[kCount];
+#pragma GCC unroll 4
+        for (int r = 0; r < kCount; ++r) {
+          key[r] = load(keys + (s + r) * key_stride + k, lanes);
+          if (extra) key[r] += load(extra + (s + r) * extra_stride + k, lanes);
+        }
+        additive_source_lanes<T, kCount>(a, key, s, k, lanes, v, d_keys, d_key_stride, d_v);
+      }
+    });
+  }
+}
