@@ -1,12 +1,15 @@
-# make demo | test | bench | lint | gpu | clean. Everything happens in .venv, built on first use.
+# make demo | test | bench | wheel | docs | lint | gpu | clean. Everything happens in .venv, built on first use.
 PYTHON ?= python3
 # The build needs this torch (or the one named here); another changes nothing but the environment.
 TORCH ?= torch==2.13.0
+# Versions that `make try-wheel` installs the wheel beside.
+TORCHES ?= 2.10.0 2.14.1
+DIST ?= dist
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc kernels fastseq -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test bench lint format gpu build clean
+.PHONY: demo test bench wheel try-wheel lint format gpu build clean
 
 demo: build
 	$(BIN)/fastseq demo
@@ -16,6 +19,18 @@ test: build
 
 bench: build
 	$(BIN)/python -m benchmarks.bench_recurrent
+
+# One file for every Python and every torch from 2.10 on. The folders are setuptools' own: what an
+# earlier build left in them would go into the wheel.
+wheel: build
+	rm -rf build/lib* build/bdist*
+	FASTSEQ_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel -q --disable-pip-version-check \
+	  --no-deps --no-build-isolation -w $(DIST) .
+	@ls $(DIST)/*.whl
+
+# Fetches gigabytes: each torch comes with the libraries it wants.
+try-wheel: wheel
+	$(BIN)/python -m tests.try_wheel $(DIST)/*.whl --torch $(TORCHES)
 
 # Needs a machine with a GPU and a CUDA build of torch for its python3; no network.
 gpu:
@@ -46,4 +61,4 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build $(VENV) fastseq/libfastseq.so *.egg-info
+	rm -rf build dist $(VENV) fastseq/libfastseq.so *.egg-info

@@ -8,6 +8,7 @@ error.
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -141,7 +142,14 @@ class StableWheel(bdist_wheel):
     """Tagged for the platform alone: the library has no Python ABI."""
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        platform = super().get_tag()[2]
+        library = Path(self.bdist_dir, "fastseq", LIBRARY)
+        if platform.startswith("linux_") and library.exists():
+            # The oldest glibc that has every symbol version the library names (PEP 600).
+            versions = re.findall(rb"\0GLIBC_(\d+)\.(\d+)", library.read_bytes())
+            major, minor = max((int(major), int(minor)) for major, minor in versions)
+            platform = platform.replace("linux", f"manylinux_{major}_{minor}", 1)
+        return "py3", "none", platform
 
 
 setup(
@@ -149,8 +157,7 @@ setup(
     cmdclass={"build_ext": NinjaBuild, "bdist_wheel": StableWheel},
     packages=[
         *find_packages(include=["fastseq", "fastseq.*"]),
-        "fastseq.kernels",
-        "fastseq.kernels.attention",
+        *(f"fastseq.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
     ],
     package_dir={"fastseq.kernels": "kernels"},
 )

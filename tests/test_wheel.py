@@ -1,0 +1,50 @@
+"""``make wheel``: one file, whole and nothing more, that runs where no compiler is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.try_wheel import clean_environment, home_of_torch, try_wheel
+
+ROOT = Path(__file__).parent.parent
+NINJA = ROOT / "build" / "native" / "build.ninja"
+
+
+def sources() -> set[str]:
+    """What the wheel has to hold, by its names."""
+    kernels = {f"fastseq/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    return kernels | {str(path.relative_to(ROOT)) for path in (ROOT / "fastseq").rglob("*.py")}
+
+
+@pytest.mark.skipif(not NINJA.exists(), reason="no native build")
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_the_wheel_is_whole_and_runs_without_a_compiler(tmp_path):
+    # Another compiler than the last one would compile everything anew.
+    compiler = re.search(r"command = (\S+)", NINJA.read_text())[1]
+    subprocess.run(
+        ["make", "-s", "-o", "build", "wheel", f"BIN={Path(sys.executable).parent}"]
+        + [f"DIST={tmp_path}"],
+        cwd=ROOT,
+        env=os.environ | {"CXX": compiler},
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    tag = r"fastseq-[\d.]+-py3-none-(manylinux_\d+_\d+_\w+|(?!linux)\w+)\.whl"
+    assert re.fullmatch(tag, wheel.name), wheel.name
+    with zipfile.ZipFile(wheel) as file:
+        names = {name for name in file.namelist() if ".dist-info/" not in name}
+        library = file.read("fastseq/libfastseq.so")
+    assert names == sources() | {"fastseq/libfastseq.so"}
+    # Of torch it asks for no library of one Python's or one GPU's.
+    assert not re.findall(rb"libtorch_python|libtorch_cuda|libpython", library)
+    here = home_of_torch(Path(sys.executable))
+    said = try_wheel(wheel, clean_environment(tmp_path / "clean", borrow=here))
+    assert said.startswith("wheel works with torch "), said
