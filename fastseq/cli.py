@@ -208,12 +208,14 @@ def train(
 
     After every epoch the model is measured on the validation text and saved; training stopped with
     Ctrl-C goes on from there, to the same result, with --resume. The loss is in nats a token, the
-    perplexity its exponential.
+    perplexity its exponential. Under torchrun the processes share each batch between them.
 
     Example: `fastseq train --train-source train.de.gz --train-target train.en.gz
     --valid-source val.de.gz --valid-target val.en.gz --out runs/de-en`
 
     Then: `fastseq train --resume runs/de-en/last.pt --epochs 20`
+
+    In two processes: `torchrun --nproc-per-node 2 -m fastseq.cli train ...`
     """
     given = {
         name: value
@@ -230,7 +232,7 @@ def train(
     import torch
 
     from fastseq.training import checkpoint as checkpoints
-    from fastseq.training import run
+    from fastseq.training import parallel, run
 
     if threads:
         torch.set_num_threads(threads)
@@ -241,16 +243,19 @@ def train(
         settings = resumed(saved.settings, chosen)
         out = out or resume.parent
         continues = out.resolve() == resume.parent.resolve()
-    history = run.train(
-        settings,
-        out,
-        resume=saved,
-        reference=reference,
-        device=device,
-        force=force or continues,
-        say=typer.echo,
-    )
-    show_history(history)
+    with parallel.join() as team:
+        history = run.train(
+            settings,
+            out,
+            resume=saved,
+            reference=reference,
+            device=device,
+            force=force or continues,
+            say=typer.echo if team.rank == 0 else lambda line: None,
+            team=team,
+        )
+    if team.rank == 0:
+        show_history(history)
 
 
 def option(name: str) -> str:

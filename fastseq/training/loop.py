@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastseq.training.data import Batch, Pair, collate, plan
+from fastseq.training.parallel import ALONE, Team
 from fastseq.training.vocabulary import PAD
 
 __all__ = ["batch_loss", "evaluate", "train_epoch"]
@@ -30,6 +31,17 @@ def batch_loss(model: nn.Module, batch: Batch, teacher_forcing: float) -> Tensor
     logits = model(batch.src.to(device), trg, teacher_forcing, lengths=batch.src_lengths)
     # Position 0 is given, not predicted.
     return F.cross_entropy(logits[:, 1:].flatten(0, 1), trg[:, 1:].flatten(), ignore_index=PAD)
+
+
+class Loss(nn.Module):
+    """:func:`batch_loss` as a module, whose forward pass is all that a wrapper of modules sees."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments) -> Tensor:
+        return batch_loss(self.model, *arguments)
 
 
 def finite(loss: Tensor) -> float:
@@ -52,6 +64,7 @@ def train_epoch(
     teacher_forcing: float,
     clip: float,
     label: str = "",
+    team: Team = ALONE,
 ) -> tuple[float, float]:
     """Train on every pair once, with a progress bar if standard error is a terminal.
 
@@ -63,6 +76,7 @@ def train_epoch(
         teacher_forcing: as :func:`batch_loss`.
         clip: largest norm of the gradients of a step; 0: no limit.
         label: heads the progress bar.
+        team: the processes that share the work; the first has the bar.
 
     Returns:
         The mean loss a target token, each batch taken before its own step; target tokens a second.
@@ -73,13 +87,15 @@ def train_epoch(
     model.train()
     lengths = [(len(target), len(source)) for source, target in pairs]
     total, tokens, start = 0.0, 0, time.perf_counter()
-    batches = plan(lengths, batch_size, seed)
-    with tqdm(batches, label, unit="batch", leave=False, disable=None) as bar:
+    batches, loss_of = plan(lengths, batch_size, seed), team.wrap(Loss(model))
+    quiet = None if team.rank == 0 else True
+    with tqdm(batches, label, unit="batch", leave=False, disable=quiet) as bar:
         for indices in bar:
             batch = collate([pairs[index] for index in indices])
             optimizer.zero_grad()
-            loss = batch_loss(model, batch, teacher_forcing)
-            value = finite(loss)
+            share, weight = team.share(batch)
+            loss = loss_of(share, teacher_forcing) * weight
+            value = finite(team.mean(loss))
             loss.backward()
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -92,19 +108,21 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> float:
+def evaluate(model: nn.Module, pairs: Sequence[Pair], batch_size: int, team: Team = ALONE) -> float:
     """Mean loss a target token, each token predicted from the target's own ones before it.
 
     That is teacher forcing of 1, whatever the training used: the negative log-likelihood, whose
-    exponential is the perplexity.
+    exponential is the perplexity. The batches are divided among the team.
 
     Raises:
         RuntimeError: a loss is not finite.
     """
     model.eval()
     total, tokens = 0.0, 0
-    for indices in plan([(len(target), len(source)) for source, target in pairs], batch_size):
+    batches = plan([(len(target), len(source)) for source, target in pairs], batch_size)
+    for indices in batches[team.rank :: team.size]:
         batch = collate([pairs[index] for index in indices])
         total += finite(batch_loss(model, batch, teacher_forcing=1.0)) * batch.tokens
         tokens += batch.tokens
+    total, tokens = team.sum(torch.tensor([total, tokens], dtype=torch.float64)).tolist()
     return total / tokens

@@ -18,6 +18,7 @@ from fastseq.training.checkpoint import Checkpoint, Epoch
 from fastseq.training.data import check_line_counts, make_pair, read_lines
 from fastseq.training.loop import evaluate, train_epoch
 from fastseq.training.model import build_model, resolve_device
+from fastseq.training.parallel import ALONE, Team
 from fastseq.training.settings import Settings
 from fastseq.training.vocabulary import Vocabulary, tokenise
 
@@ -78,6 +79,7 @@ def train(
     device: str = "auto",
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    team: Team = ALONE,
 ) -> list[Epoch]:
     """Train the attention model, saving after every epoch.
 
@@ -93,6 +95,7 @@ def train(
         device: auto, cpu, cuda or cuda:N.
         force: replace a run that is in ``out`` already.
         say: called with a line about the data, then with one about each epoch that is saved.
+        team: the processes that share the work; the first writes the files.
 
     Returns:
         The epochs, those before ``resume`` included.
@@ -103,7 +106,7 @@ def train(
         RuntimeError: the loss is not finite; the last whole epoch is saved.
         KeyboardInterrupt: as raised, saying what is saved.
     """
-    out, place = Path(out), resolve_device(device)
+    out, place = Path(out), team.place(resolve_device(device))
     check_inputs(settings, out, force)
     history = list(resume.history) if resume else []
     first = len(history) + 1
@@ -151,7 +154,8 @@ def train(
             # One stream of random numbers an epoch, so that no generator's state has to be saved.
             seed = settings.seed + 1_000_003 * number
             random.seed(seed)
-            torch.manual_seed(seed)
+            # Dropout differs from process to process, the coins of teacher forcing do not.
+            torch.manual_seed(seed + team.rank)
             start = time.perf_counter()
             loss, rate = train_epoch(
                 model,
@@ -162,9 +166,10 @@ def train(
                 settings.teacher_forcing,
                 settings.clip,
                 f"epoch {number}/{settings.epochs}",
+                team,
             )
             seconds = time.perf_counter() - start
-            valid_loss = evaluate(model, valid_pairs, settings.batch_size)
+            valid_loss = evaluate(model, valid_pairs, settings.batch_size, team)
             perplexity = math.exp(valid_loss) if valid_loss < 700 else math.inf
             epoch = Epoch(number, loss, valid_loss, perplexity, seconds, rate)
             best = all(valid_loss < earlier.valid_loss for earlier in history)
@@ -172,10 +177,12 @@ def train(
             state = Checkpoint(settings, source, target, [*history, epoch], weights, moments)
             # last.pt comes after best.pt: whoever resumes from an older last.pt redoes this epoch
             # and so writes best.pt again.
-            for name in ("best.pt", "last.pt") if best else ("last.pt",):
+            names = ("best.pt", "last.pt") if best else ("last.pt",)
+            for name in names if team.rank == 0 else ():
                 checkpoints.save(state, out / name)
             history.append(epoch)
-            write_history(history, out / "history.csv")
+            if team.rank == 0:
+                write_history(history, out / "history.csv")
             say(
                 f"epoch {number}/{settings.epochs}: training loss {loss:.4f}, validation loss "
                 f"{valid_loss:.4f}, perplexity {perplexity:.2f}, {seconds:.1f} s, "
