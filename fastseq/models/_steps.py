@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-"""(token [B, 1], hidden, cell) -> (logits [B, 1, V], hidden, cell, ...)."""
+Step = Callable[..., tuple[Tensor, ...]]
+"""(token [B, 1], *state) -> (logits [B, 1, V], *state, ...)."""
 
 
 def draw_coins(steps: int, teacher_forcing_ratio: float) -> list[bool]:
@@ -37,16 +37,21 @@ def run_tokens(token: Tensor, trg: Tensor, start: int, stop: int) -> Tensor:
     return token if stop - start == 1 else torch.cat((token, trg[:, start : stop - 1]), dim=1)
 
 
-def decode_by_steps(
-    step: Step, trg: Tensor, coins: Sequence[bool], hidden: Tensor, cell: Tensor
-) -> Tensor:
+def decode_by_steps(step: Step, trg: Tensor, coins: Sequence[bool], *state: Tensor) -> Tensor:
     """Logits [B, T-1, V] from one call of ``step`` a token, as the reference makes them."""
     token, logits = trg[:, :1], []
     for t, forced in enumerate(coins, start=1):
-        prediction, hidden, cell = step(token, hidden, cell)[:3]
+        prediction, *state = step(token, *state)[: 1 + len(state)]
         logits.append(prediction)
         token = trg[:, t : t + 1] if forced else prediction.argmax(2)
     return torch.cat(logits, dim=1)
+
+
+def in_halves(fc: nn.Module, features: Tensor) -> Tensor:
+    """Logits [B, N, V] of features [B, N, F], in two calls: the longer the one sum over all tokens,
+    the worse the layer's gradients."""
+    halves = features.split(-(-features.shape[1] // 2), dim=1)
+    return torch.cat([fc(half) for half in halves], dim=1)
 
 
 def after_start(logits: Tensor | None, trg: Tensor, fc: nn.Linear) -> Tensor:
@@ -67,6 +72,19 @@ def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def check_plain(decoder: nn.Module, kind: type[nn.Module], where: str) -> None:
+    """Refuse to run the steps of a decoder at once that wants to be called for each.
+
+    Raises:
+        NotImplementedError: ``decoder`` has hooks or a forward of its own.
+    """
+    if not computes_as(decoder, kind):
+        raise NotImplementedError(
+            f"fastseq.{where}.features: expected a decoder without hooks or a forward of its own, "
+            f"got {type(decoder).__name__} with some; call the model for its logits instead"
+        )
 
 
 def embed(embedding: nn.Module, tokens: Tensor, where: str) -> Tensor:

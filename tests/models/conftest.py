@@ -17,9 +17,10 @@ VOCAB, EMBEDDING, HIDDEN = 11, 5, 7
 
 def _build(house: str, kind: str, sizes: tuple[int, int, int]) -> nn.Module:
     module = import_module(f"fastseq.{house}.{kind}")
-    attention = (module.Attention(sizes[2]),) if kind == "attention" else ()
+    attention = (module.Attention(sizes[2]),) if hasattr(module, "Attention") else ()
     encoder = module.Encoder(*sizes)
-    return module.Seq2Seq(encoder, module.Decoder(*sizes, *attention))
+    # Without dropout, so that calls can be compared with each other.
+    return module.Seq2Seq(encoder, module.Decoder(*sizes, *attention)).eval()
 
 
 @pytest.fixture

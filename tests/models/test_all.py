@@ -1,4 +1,4 @@
-"""What plain and attention models promise alike: they are their reference, faster."""
+"""What all models promise alike: they are their reference, faster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from fastseq.testing import assert_close_to_reference, assert_matches
 
-KINDS = ["plain", "attention"]
+KINDS = ["plain", "attention", "bahdanau"]
 SIZES = [(1, 1, 2), (3, 5, 1), (1, 2, 5), (2, 1, 7), (5, 7, 4), (13, 3, 11)]
 
 
