@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fastseq.training.settings import Settings
+from fastseq.training.settings import MODELS, Settings
 
 if TYPE_CHECKING:
     from fastseq.training.checkpoint import Epoch
@@ -146,6 +146,14 @@ def train(
     min_frequency: Annotated[
         int, Text(min=1, help="Words that occur less often than this count as unknown.")
     ] = Settings.min_frequency,
+    subwords: Annotated[
+        int,
+        Text(
+            min=0,
+            help="Cut words into frequent pieces, learning this many joins from each side; 0: "
+            "whole words. 8000 is usual; losses are then a piece and not a word.",
+        ),
+    ] = Settings.subwords,
     max_length: Annotated[
         int, Text(min=1, help="Leave out training pairs with a side of more words than this.")
     ] = Settings.max_length,
@@ -153,12 +161,37 @@ def train(
         int | None,
         Text(min=1, help="Use only the first lines of each file, to try things out; say 1000."),
     ] = None,
+    model: Annotated[
+        Literal["attention", "bahdanau"],
+        Model(
+            help="attention: an LSTM that reads the source forwards and one that writes. bahdanau: "
+            "the published translation model, of GRUs, reading in both directions."
+        ),
+    ] = Settings.model,
     embedding: Annotated[
         int, Model(min=1, help="Numbers that stand for a word.")
     ] = Settings.embedding,
     hidden: Annotated[
-        int, Model(min=1, help="Width of the LSTMs and of the attention.")
+        int,
+        Model(
+            min=1,
+            help="Width of the recurrent layers and of the attention.",
+            show_default=f"{Settings.hidden}; of bahdanau {MODELS['bahdanau']['hidden']}",
+        ),
     ] = Settings.hidden,
+    dropout: Annotated[
+        float,
+        Model(
+            min=0,
+            max=1,
+            help="Of bahdanau: part of the embeddings left out at random while training.",
+            show_default=str(MODELS["bahdanau"]["dropout"]),
+        ),
+    ] = Settings.dropout,
+    output_dropout: Annotated[
+        float,
+        Model(min=0, max=1, help="Of bahdanau: the same of what the output layer reads."),
+    ] = Settings.output_dropout,
     reference: Annotated[
         bool, Model("--reference", help="Train the plain PyTorch modules instead, to compare.")
     ] = False,
@@ -171,6 +204,31 @@ def train(
     learning_rate: Annotated[
         float, Training(min=0, help="Step size of Adam.")
     ] = Settings.learning_rate,
+    decay: Annotated[
+        float,
+        Training(
+            min=0,
+            max=1,
+            help="Multiplies the learning rate after each epoch that did not lower the validation "
+            "loss; 1: it stays, 0.5 is usual for the best result.",
+        ),
+    ] = Settings.decay,
+    label_smoothing: Annotated[
+        float,
+        Training(
+            min=0,
+            max=1,
+            help="Part of each target spread evenly over all words, against overconfidence; 0.1 is "
+            "usual for the best result. The training loss then never comes near 0.",
+        ),
+    ] = Settings.label_smoothing,
+    precision: Annotated[
+        Literal["float32", "high", "bfloat16"],
+        Training(
+            help="high: torch's switch of that name, faster products of float32 where there are "
+            "such; bfloat16: torch's autocast. Weights stay float32."
+        ),
+    ] = Settings.precision,
     clip: Annotated[
         float, Training(min=0, help="Largest norm of a step's gradients; 0: no limit.")
     ] = Settings.clip,
@@ -215,6 +273,8 @@ def train(
 
     Then: `fastseq train --resume runs/de-en/last.pt --epochs 20`
 
+    The published model: the same with `--model bahdanau`
+
     In two processes: `torchrun --nproc-per-node 2 -m fastseq.cli train ...`
     """
     given = {
@@ -237,7 +297,7 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     if resume is None:
-        saved, settings, continues = None, Settings(**chosen), False
+        saved, settings, continues = None, Settings(**(MODELS[model] | chosen)), False
     else:
         saved = checkpoints.load(resume)
         settings = resumed(saved.settings, chosen)
@@ -269,7 +329,8 @@ def resumed(saved: Settings, given: dict[str, Any]) -> Settings:
     Raises:
         ValueError: an option was given that contradicts the checkpoint.
     """
-    movable = {"epochs", "train_source", "train_target", "valid_source", "valid_target"}
+    movable = {"epochs", "precision"}
+    movable |= {"train_source", "train_target", "valid_source", "valid_target"}
     for name, value in given.items():
         if name not in movable and value != getattr(saved, name):
             raise ValueError(
@@ -303,7 +364,7 @@ def translate(
     ],
     reference_text: Annotated[
         Path | None,
-        typer.Option(help="The right translation, line for line: print BLEU against it."),
+        typer.Option(help="The right translation, line for line: print BLEU and perplexity."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -329,7 +390,7 @@ def translate(
     """Translate text with a trained model.
 
     The translation is in lower case, line for line. BLEU is sacrebleu's, without regard to case,
-    with its signature.
+    with its signature. The perplexity is that of the right translation, a token.
 
     Example: `fastseq translate runs/de-en/best.pt --source test.de.gz
     --reference-text test.en.gz --beam 5 --output test.out`
@@ -340,7 +401,7 @@ def translate(
     from fastseq.training import checkpoint as checkpoints
     from fastseq.training.data import check_line_counts, decode_lines, read_lines
     from fastseq.training.model import resolve_device
-    from fastseq.training.translate import bleu
+    from fastseq.training.translate import bleu, perplexities
     from fastseq.training.translate import translate as translate_lines
 
     if threads:
@@ -372,8 +433,13 @@ def translate(
         sys.stdout.buffer.write(text.encode("utf-8"))
         sys.stdout.buffer.flush()
     if references is not None:
+        given, own = perplexities(saved, lines, references, batch_size, where)
         # Standard output may be the translation itself.
         typer.echo(bleu(translations, references), err=output is None)
+        typer.echo(
+            f"perplexity {given:.2f} given the right words before each, {own:.2f} given its own",
+            err=output is None,
+        )
 
 
 @app.command()

@@ -14,29 +14,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fastseq
 from fastseq import _native
-from fastseq.cli import app
 from fastseq.training.checkpoint import load
 from fastseq.training.model import build_model
+from tests.command_line import (
+    BEST,
+    SMALL,
+    check_refusal,
+    files,
+    invoke,
+    losses,
+    snapshot,
+    succeed,
+    weights,
+    write_text,
+)
 
 REPOSITORY = Path(fastseq.__file__).resolve().parents[1]
-NUMBERS = dict(
-    zip("eins zwei drei vier fünf".split(), "one two three four five".split(), strict=True)
-)
-SMALL = ["--embedding", "12", "--hidden", "20", "--batch-size", "16", "--threads", "1"]
-
-
-def write_text(folder: Path, name: str, count: int, seed: int) -> None:
-    """A language to translate: number words, whose order the other language reverses."""
-    rng = random.Random(seed)
-    rows = [rng.choices(list(NUMBERS), k=rng.randint(1, 5)) for _ in range(count)]
-    source = "".join(" ".join(row).capitalize() + ".\n" for row in rows)
-    target = "".join(" ".join(NUMBERS[word] for word in row[::-1]) + ".\n" for row in rows)
-    (folder / f"{name}.de").write_text(source, encoding="utf-8")
-    (folder / f"{name}.en.gz").write_bytes(gzip.compress(target.encode()))
 
 
 @pytest.fixture(scope="module")
@@ -45,47 +41,6 @@ def text(tmp_path_factory) -> Path:
     write_text(folder, "train", 200, seed=0)
     write_text(folder, "valid", 40, seed=1)
     return folder
-
-
-def files(text: Path, **other: Path) -> list[str]:
-    paths = {
-        "train-source": text / "train.de",
-        "train-target": text / "train.en.gz",
-        "valid-source": text / "valid.de",
-        "valid-target": text / "valid.en.gz",
-    }
-    paths |= {name.replace("_", "-"): path for name, path in other.items()}
-    return [word for name, path in paths.items() for word in (f"--{name}", str(path))]
-
-
-def invoke(*arguments: object, **more: object):
-    threads = torch.get_num_threads()
-    try:
-        return CliRunner().invoke(app, [str(argument) for argument in arguments], **more)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def succeed(*arguments: object, **more: object):
-    result = invoke(*arguments, **more)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
-def losses(folder: Path) -> list[tuple[str, str]]:
-    with open(folder / "history.csv", newline="") as file:
-        return [(row["train_loss"], row["valid_loss"]) for row in csv.DictReader(file)]
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load(path).model
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +93,7 @@ def test_training_is_the_same_each_time_and_depends_on_the_seed(text, short, tmp
     assert losses(tmp_path / "other")[0] != losses(short)[0]
 
 
-@pytest.mark.parametrize("more", [[], ["--teacher-forcing", "0.5"]])
+@pytest.mark.parametrize("more", [[], ["--teacher-forcing", "0.5"], [*BEST, "--decay", "0.5"]])
 def test_resuming_is_exact(text, tmp_path, more):
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     succeed("train", *files(text), "--out", straight, *SMALL, *more, "--epochs", "3")
@@ -170,19 +125,28 @@ def test_best_is_the_epoch_of_least_validation_loss(text, tmp_path, monkeypatch)
     assert len(load(tmp_path / "run" / "best.pt").history) == 3
 
 
-def test_reference_training_gives_the_same_kind_of_checkpoint(text, short, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["attention", "bahdanau"])
+def test_reference_training_gives_the_same_kind_of_checkpoint(
+    name, text, short, tmp_path, monkeypatch
+):
     families = []
 
     def recorded(*arguments):
-        families.append(type(build_model(*arguments)).__module__)
-        return build_model(*arguments)
+        model = build_model(*arguments)
+        families.append(type(model).__module__)
+        return model
 
     monkeypatch.setattr("fastseq.training.run.build_model", recorded)
     out = tmp_path / "run"
-    succeed("train", *files(text), "--out", out, *SMALL, "--epochs", "1", "--reference")
-    assert weights(out / "last.pt").keys() == weights(short / "last.pt").keys()
-    succeed("train", "--resume", out / "last.pt", "--epochs", "2")
-    assert families == ["fastseq.reference.attention", "fastseq.models.attention"]
+    more = ["--model", name, "--precision", "bfloat16"]
+    succeed("train", *files(text), "--out", out, *SMALL, *more, "--epochs", "1", "--reference")
+    if name == "attention":
+        assert weights(out / "last.pt").keys() == weights(short / "last.pt").keys()
+    resumed = ["--resume", out / "last.pt", "--precision", "float32"]
+    succeed("train", *resumed, "--epochs", "2")
+    succeed("train", *resumed, "--epochs", "3", "--reference")
+    assert families == [f"fastseq.{house}.{name}" for house in ("reference", "models", "reference")]
+    assert load(out / "last.pt").settings.precision == "float32"
 
 
 def test_limit_and_max_length(text, tmp_path):
@@ -202,14 +166,6 @@ def test_force_replaces_a_run(text, run):
     assert snapshot(run) == before
     succeed(*arguments, "--force")
     assert len(losses(run)) == 1
-
-
-def check_refusal(result, command: str, message: str) -> None:
-    assert result.exit_code == 1, result.output
-    assert result.stderr.startswith(f"fastseq {command}: ")
-    assert result.stderr.count("\n") == 1
-    assert re.search(message, result.stderr), result.stderr
-    assert "Traceback" not in result.output
 
 
 @pytest.fixture
@@ -263,6 +219,7 @@ def test_train_refuses_bad_text(text, bad, tmp_path, which, file, message):
         (["--out", "run"], "without a run in it, got .*last.pt; .*--resume.*--force"),
         (["--out", "new", "--device", "gpu"], "a device auto, cpu, cuda or cuda:N, got 'gpu'"),
         (["--out", "new", "--device", "cuda:99"], "expected device cuda:99 to exist"),
+        (["--out", "new", "--dropout", "0.5"], "no dropout with the model attention.*--model"),
         (["--out", "new", "--max-length", "1"], "at most 1 words, got none in 200; raise"),
         (["--out", "new", "--min-frequency", "9999"], "at least 9999 times.*lower"),
         (["--out", "new", "--learning-rate", "1e30", "--clip", "0"], "finite loss.*lower"),
@@ -287,6 +244,7 @@ def test_train_refuses_what_cannot_work(text, bad, run, tmp_path, monkeypatch, o
         (["--resume", "run/last.pt"], "more than the 2 epochs.*raise --epochs"),
         (["--resume", "run/last.pt", "--hidden", "8"], "checkpoint's --hidden 20, got 8"),
         (["--resume", "run/last.pt", "--limit", "9"], "checkpoint's --limit None, got 9"),
+        (["--resume", "run/last.pt", "--model", "bahdanau"], "--model attention, got bahdanau"),
         (["--resume", "run/last.pt", "--epochs", "3", "--out", "other"], "without a run in it"),
         (
             ["--resume", "run/last.pt", "--epochs", "3", "--train-source", "bad/truncated.gz"],

@@ -51,8 +51,7 @@ class Checkpoint:
         Raises:
             RuntimeError: the weights are not those of such a model.
         """
-        sizes = self.settings.embedding, self.settings.hidden
-        model = build_model(len(self.source), len(self.target), *sizes, reference)
+        model = build_model(self.settings, len(self.source), len(self.target), reference)
         model.load_state_dict(self.model)
         return model
 
@@ -63,8 +62,9 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "version": VERSION,
         "settings": asdict(checkpoint.settings),
-        "source": checkpoint.source.state(),
-        "target": checkpoint.target.state(),
+        "source": checkpoint.source.state()[0],
+        "target": checkpoint.target.state()[0],
+        "subwords": (checkpoint.source.state()[1], checkpoint.target.state()[1]),
         "history": [epoch._asdict() for epoch in checkpoint.history],
         "model": checkpoint.model,
         "optimizer": checkpoint.optimizer,
@@ -96,10 +96,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     if state["version"] != VERSION:
         raise ValueError(_refusal(path, f"one of format version {state['version']}"))
     try:
+        # Runs from before there were subwords have none.
+        pairs = state.get("subwords", ((), ()))
         checkpoint = Checkpoint(
             Settings(**state["settings"]),
-            Vocabulary(state["source"]),
-            Vocabulary(state["target"]),
+            Vocabulary(state["source"], pairs[0]),
+            Vocabulary(state["target"], pairs[1]),
             [Epoch(**epoch) for epoch in state["history"]],
             state["model"],
             state["optimizer"],

@@ -8,25 +8,43 @@ from importlib import import_module
 import torch
 from torch import nn
 
+from fastseq.training.settings import MODELS, Settings
+
 __all__ = ["build_model", "resolve_device"]
 
 
 def build_model(
-    source_words: int, target_words: int, embedding: int, hidden: int, reference: bool = False
+    settings: Settings, source_words: int, target_words: int, reference: bool = False
 ) -> nn.Module:
-    """The attention encoder-decoder, from :mod:`fastseq.models` or :mod:`fastseq.reference`.
+    """The model of a run, from :mod:`fastseq.models` or :mod:`fastseq.reference`.
 
     The parts are made in the same order for both, so the same seed gives the same weights.
 
     Args:
+        settings: name, widths and dropout of the model.
         source_words, target_words: sizes of the two vocabularies.
-        embedding, hidden: widths.
         reference: take the plain PyTorch modules.
+
+    Raises:
+        ValueError: an unknown name, or dropout for a model that has none.
     """
-    family = import_module(f"fastseq.{'reference' if reference else 'models'}.attention")
-    attention = family.Attention(hidden)
-    encoder = family.Encoder(source_words, embedding, hidden)
-    decoder = family.Decoder(target_words, embedding, hidden, attention)
+    name, drops = settings.model, (settings.dropout, settings.output_dropout)
+    if name not in MODELS:
+        raise ValueError(
+            f"fastseq.training: expected a model among {', '.join(MODELS)}, got {name!r}"
+        )
+    if "dropout" not in MODELS[name]:
+        if any(drops):
+            raise ValueError(
+                f"fastseq.training: expected no dropout with the model {name}, which has none, "
+                f"got {drops[0]} and {drops[1]}; choose another with --model"
+            )
+        drops = ()
+    family = import_module(f"fastseq.{'reference' if reference else 'models'}.{name}")
+    widths = settings.embedding, settings.hidden
+    attention = family.Attention(settings.hidden)
+    encoder = family.Encoder(source_words, *widths, *drops[:1])
+    decoder = family.Decoder(target_words, *widths, attention, *drops)
     return family.Seq2Seq(encoder, decoder)
 
 

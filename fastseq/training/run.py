@@ -71,6 +71,15 @@ def write_history(history: Sequence[Epoch], path: Path) -> None:
         writer.writerows(history)
 
 
+def learning_rate(settings: Settings, history: Sequence[Epoch]) -> float:
+    """What the next epoch trains with: decayed once for each epoch that was not the best so far."""
+    best, worse = math.inf, 0
+    for epoch in history:
+        worse += epoch.valid_loss >= best
+        best = min(best, epoch.valid_loss)
+    return settings.learning_rate * settings.decay**worse
+
+
 def train(
     settings: Settings,
     out: str | os.PathLike[str],
@@ -120,8 +129,9 @@ def train(
     if resume:
         source, target = resume.source, resume.target
     else:
-        source = Vocabulary.build((one for one, _ in text), settings.min_frequency)
-        target = Vocabulary.build((other for _, other in text), settings.min_frequency)
+        how = settings.min_frequency, settings.subwords
+        source = Vocabulary.build((one for one, _ in text), *how)
+        target = Vocabulary.build((other for _, other in text), *how)
     short = [pair for pair in text if max(map(len, pair)) <= settings.max_length]
     if not short:
         raise ValueError(
@@ -134,8 +144,7 @@ def train(
     )
 
     torch.manual_seed(settings.seed)
-    sizes = len(source), len(target), settings.embedding, settings.hidden
-    model = build_model(*sizes, reference)
+    model = build_model(settings, len(source), len(target), reference)
     if resume:
         model.load_state_dict(resume.model)
     model.to(place)
@@ -156,6 +165,8 @@ def train(
             random.seed(seed)
             # Dropout differs from process to process, the coins of teacher forcing do not.
             torch.manual_seed(seed + team.rank)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, history)
             start = time.perf_counter()
             loss, rate = train_epoch(
                 model,
@@ -167,6 +178,8 @@ def train(
                 settings.clip,
                 f"epoch {number}/{settings.epochs}",
                 team,
+                settings.label_smoothing,
+                settings.precision,
             )
             seconds = time.perf_counter() - start
             valid_loss = evaluate(model, valid_pairs, settings.batch_size, team)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +11,10 @@ from tqdm import tqdm
 from fastseq.decoding import beam_search, greedy
 from fastseq.training.checkpoint import Checkpoint
 from fastseq.training.data import make_pair, pad, plan
+from fastseq.training.loop import evaluate
 from fastseq.training.vocabulary import BOS, EOS, detokenise, tokenise
 
-__all__ = ["bleu", "translate"]
+__all__ = ["bleu", "perplexities", "translate"]
 
 
 def translate(
@@ -72,6 +74,35 @@ def translate(
                     translations[index] = detokenise(checkpoint.target.decode(ids))
             bar.update(len(indices))
     return translations
+
+
+def perplexities(
+    checkpoint: Checkpoint,
+    lines: Sequence[str],
+    references: Sequence[str],
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+) -> tuple[float, float]:
+    """Perplexity a target token of the right translations, <eos> counted.
+
+    Args:
+        checkpoint: from training.
+        lines, references: sentences, and the translation of each.
+        batch_size: sentences measured together.
+        device: where to compute.
+
+    Returns:
+        Each token predicted from the right ones before it, as training measures it; and from those
+        that the model itself found most likely, which some publications report.
+    """
+    model = checkpoint.build().to(device)
+    sides = (checkpoint.source, lines), (checkpoint.target, references)
+    encoded = ([words.encode(tokenise(line)) for line in text] for words, text in sides)
+    pairs = [make_pair(*pair) for pair in zip(*encoded, strict=True)]
+    given, own = (
+        evaluate(model, pairs, batch_size, teacher_forcing=forcing) for forcing in (1.0, 0.0)
+    )
+    return tuple(math.exp(loss) if loss < 700 else math.inf for loss in (given, own))
 
 
 def bleu(translations: Sequence[str], references: Sequence[str]) -> str:

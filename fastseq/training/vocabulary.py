@@ -7,6 +7,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from fastseq.training.subwords import Subwords, join, learn
+
 __all__ = ["BOS", "EOS", "PAD", "UNK", "Vocabulary", "detokenise", "tokenise"]
 
 PAD, UNK, BOS, EOS = range(4)
@@ -49,9 +51,11 @@ class Vocabulary:
 
     Args:
         words: the other words in the order of their ids, without repetition.
+        pairs: from :func:`fastseq.training.subwords.learn`: what has an id are pieces of words.
     """
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], pairs: Sequence[tuple[str, str]] = ()) -> None:
+        self.subwords = Subwords(pairs) if pairs else None
         self.words = [*SPECIALS, *words]
         self._ids = {word: id for id, word in enumerate(self.words)}
         if len(self._ids) != len(self.words):
@@ -61,30 +65,40 @@ class Vocabulary:
             )
 
     @classmethod
-    def build(cls, sentences: Iterable[Sequence[str]], min_frequency: int = 1) -> Vocabulary:
+    def build(
+        cls, sentences: Iterable[Sequence[str]], min_frequency: int = 1, subwords: int = 0
+    ) -> Vocabulary:
         """Collect the tokens that occur at least ``min_frequency`` times, most frequent first.
 
         Equally frequent ones are in the order of their text, so the same sentences in any order
-        give the same vocabulary.
+        give the same vocabulary. With ``subwords``, that many pairs are learnt, and what is
+        collected are the pieces that words are then cut into.
 
         Raises:
             ValueError: no token is that frequent.
         """
         counts = Counter(token for sentence in sentences for token in sentence)
+        pairs = learn(counts, subwords) if subwords else []
+        if pairs:
+            words, cut, counts = counts, Subwords(pairs), Counter()
+            for word, count in words.items():
+                for piece in cut.split([word]):
+                    counts[piece] += count
         frequent = [token for token, count in counts.items() if count >= min_frequency]
         if not frequent:
             raise ValueError(
                 f"fastseq.Vocabulary: expected words that occur at least {min_frequency} times, "
                 f"got none among {len(counts)} different words; lower --min-frequency"
             )
-        return cls(sorted(frequent, key=lambda token: (-counts[token], token)))
+        return cls(sorted(frequent, key=lambda token: (-counts[token], token)), pairs)
 
     def __len__(self) -> int:
         return len(self.words)
 
     def encode(self, tokens: Iterable[str]) -> list[int]:
         """The ids of tokens, <unk> for those not known; no <bos> or <eos> is added."""
-        return [self._ids.get(token, UNK) for token in tokens]
+        pieces = tokens if self.subwords is None else self.subwords.split(tokens)
+        return [self._ids.get(piece, UNK) for piece in pieces]
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """The tokens of ids up to the first <eos>, without <pad> and <bos>."""
@@ -94,8 +108,8 @@ class Vocabulary:
                 break
             if id not in (PAD, BOS):
                 tokens.append(self.words[id])
-        return tokens
+        return tokens if self.subwords is None else join(tokens)
 
-    def state(self) -> list[str]:
+    def state(self) -> tuple[list[str], list[tuple[str, str]]]:
         """What :class:`Vocabulary` is built from again: plain text, fit for JSON."""
-        return self.words[len(SPECIALS) :]
+        return self.words[len(SPECIALS) :], [] if self.subwords is None else self.subwords.pairs

@@ -21,6 +21,7 @@ from fastseq.training import loop
 from fastseq.training.data import make_pair
 from fastseq.training.model import build_model
 from fastseq.training.parallel import ALONE, Team, join
+from fastseq.training.settings import Settings
 
 ROWS, STEPS, TIME = 6, 5, 7
 
@@ -99,7 +100,8 @@ def check_training(team: Team) -> None:
     for members in (team, ALONE):
         torch.manual_seed(0)
         random.seed(0)
-        model = build_model(12, 12, 6, 8).double()
+        settings = Settings("", "", "", "", embedding=6, hidden=8)
+        model = build_model(settings, 12, 12).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         loss, _ = loop.train_epoch(model, pairs, optimizer, 4, 0, 0.5, 1.0, team=members)
         losses = loss, loop.evaluate(model, pairs, 4, members)

@@ -20,7 +20,7 @@ SETTINGS = Settings("a.de", "a.en", "v.de", "v.en", embedding=3, hidden=5, limit
 @pytest.fixture
 def made() -> Checkpoint:
     source, target = Vocabulary(["ein", "zwei"]), Vocabulary(["one", "two", "three"])
-    model = build_model(len(source), len(target), SETTINGS.embedding, SETTINGS.hidden)
+    model = build_model(SETTINGS, len(source), len(target))
     optimizer = torch.optim.Adam(model.parameters())
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()

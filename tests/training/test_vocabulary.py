@@ -63,7 +63,7 @@ def test_encode_and_decode():
 
 def test_state_survives_json():
     vocabulary = Vocabulary.build([tokenise("Grüße aus Köln")])
-    again = Vocabulary(json.loads(json.dumps(vocabulary.state())))
+    again = Vocabulary(*json.loads(json.dumps(vocabulary.state())))
     assert again.words == vocabulary.words
     assert again.encode(["köln"]) == vocabulary.encode(["köln"])
 
