@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ._launch import forget
 from .attention import kernel, launch
 from .attention.tuned import TUNED, tiles
 
@@ -120,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         def measure(config, key=key, call=call):
             found[key] = config
             launch._config.cache_clear()
+            forget()
             return _seconds(call)
 
         until = start + arguments.seconds * done / len(work)

@@ -11,13 +11,16 @@ memory, which no other program touches, so that nothing is atomic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._lang import blocks, last_contiguous, offset, tanh, which_tanh
-from .launch import launch, options, scores_gradient, split, values_gradient
+from .._launch import Launch, described, planned
+from .launch import options, scores_gradient, split, values_gradient
 
 __all__ = ["additive_bwd", "additive_bwd_kernel"]
 
@@ -119,29 +122,42 @@ def additive_bwd(
     need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator ``fastseq::additive_attention_bwd``; shapes are the operator's."""
-    B, Q, K = query.shape
-    S = keys.shape[1]
     d_values = values_gradient(d_context, values, weights, need_values)
     if not need_scores:
         return query.new_empty(0), query.new_empty(0), d_values, query.new_empty(0)
     d_scores = scores_gradient(d_context, d_weights, values, weights, lengths, scale, torch.float32)
-    tensors = (query, keys, v, extra, lengths)
-    query, keys, v, extra, lengths = map(last_contiguous, tensors)
+    inputs = (query, keys, v, extra, lengths)
+    key = ("additive_bwd", which_tanh(), described(inputs))
+    d_query, d_keys, d_v = planned(key, lambda: _plan(inputs))(inputs, d_scores)
+    return d_query.to(query.dtype), d_keys, d_values, d_v.to(v.dtype)
+
+
+def _plan(inputs: tuple) -> Callable:
+    copied = any(t is not None and t.stride(-1) != 1 for t in inputs)
+    query, keys, _, extra, _ = map(last_contiguous, inputs)
+    B, Q, K = query.shape
+    S = keys.shape[1]
     config = options("additive_bwd", query, K=K)
     programs = B * blocks(K, config["BLOCK_K"])
     parts, span = split(query.device, programs, S, config["BLOCK_S"], config["num_warps"])
-    d_query = query.new_empty(parts, B, Q, K, dtype=torch.float32)
-    d_v = query.new_empty(parts * B, K, dtype=torch.float32)
-    d_keys = keys.new_empty(B, S, K)
-    launch(
-        query.device,
+    gradient = Launch(
         additive_bwd_kernel,
+        query.device,
         programs * parts,
-        (query, keys, v, extra, lengths, d_scores, d_query, d_keys, d_v),
         (B, Q, S, K, parts, span),
         (query, keys, extra),
         TANH=which_tanh(),
         **config,
     )
-    d_query = d_query[0] if parts == 1 else d_query.sum(0)
-    return d_query.to(query.dtype), d_keys, d_values, d_v.sum(0).to(v.dtype)
+
+    def run(inputs: tuple, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if copied:
+            inputs = tuple(map(last_contiguous, inputs))
+        new = inputs[0].new_empty
+        d_query = new((parts, B, Q, K), dtype=torch.float32)
+        d_v = new((parts * B, K), dtype=torch.float32)
+        d_keys = new((B, S, K))
+        gradient((*inputs, d_scores, d_query, d_keys, d_v))
+        return d_query[0] if parts == 1 else d_query.sum(0), d_keys, d_v.sum(0)
+
+    return run

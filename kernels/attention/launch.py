@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -14,21 +14,23 @@ from .._lang import (
     blocks,
     compiler_options,
     last_contiguous,
-    on,
     power_of_two,
     precision,
     upcast,
     which_tanh,
 )
+from .._launch import Launch, described, planned
 from .softmax import merge_kernel, scores_bwd_kernel
 from .tuned import tiles
 
-__all__ = ["forward", "launch", "options", "scores_gradient", "split", "values_gradient"]
+__all__ = ["forward", "options", "scores_gradient", "split", "values_gradient"]
 
 # Programs that keep a multiprocessor busy, by warps of one.
 _WARPS_A_PROCESSOR = 16
 # Each part has a partial result of its own in memory.
 _MOST_PARTS = 32
+# Positions of one query's scores that take no longer than the launch that merges two parts.
+_LEAST_SPAN = 128
 
 
 @functools.cache
@@ -67,29 +69,17 @@ def options(stage: str, query: Tensor, *, K: int | None = None, C: int | None = 
     )
 
 
-def split(device: torch.device, programs: int, S: int, block: int, warps: int) -> tuple[int, int]:
-    """Into how many parts the source goes, and the positions of each.
+def split(
+    device: torch.device, programs: int, S: int, block: int, warps: int, least: int = 1
+) -> tuple[int, int]:
+    """Into how many parts the source goes, and the positions of each: ``least`` or more.
 
     One, unless ``programs`` of ``warps`` warps would leave multiprocessors idle.
     """
     wanted = _WARPS_A_PROCESSOR * _device(_index(device))[1] // (programs * warps)
-    span = blocks(blocks(S, block), max(1, min(wanted, _MOST_PARTS))) * block
+    wanted = max(1, min(wanted, _MOST_PARTS, S // least))
+    span = blocks(blocks(S, block), wanted) * block
     return blocks(S, span), span
-
-
-def launch(
-    device: torch.device,
-    kernel,
-    programs: int,
-    tensors: Sequence[Tensor | None],
-    sizes: Sequence[int | float],
-    strided: Sequence[Tensor | None],
-    **config,
-) -> None:
-    """Run ``programs`` of a kernel: its tensors, its sizes, the two outer strides of some."""
-    strides = [stride for t in strided for stride in ((0, 0) if t is None else t.stride()[:2])]
-    with on(device):
-        kernel[(programs,)](*tensors, *sizes, *strides, **config)
 
 
 def forward(
@@ -104,47 +94,62 @@ def forward(
 
     tensors: query, keys, values and, for the additive score, v and extra.
     """
-    query, keys, values, *more = map(last_contiguous, tensors)
+    inputs = (*tensors, mask, lengths)
+    key = (stage, torch.get_float32_matmul_precision(), described(inputs))
+    return planned(key, lambda: _plan_forward(stage, kernel, inputs))(inputs, scale)
+
+
+def _plan_forward(stage: str, kernel, inputs: tuple) -> Callable:
+    copied = any(t is not None and t.stride(-1) != 1 for t in inputs)
+    query, keys, values, *more, mask, _ = map(last_contiguous, inputs)
     B, Q, K = query.shape
     S, C = values.shape[1:]
-    context, weights = query.new_empty(B, Q, C), query.new_empty(B, Q, S)
-    scores = query.new_empty(B, Q, S, dtype=torch.float32)
-    lengths = last_contiguous(lengths)
-    if mask is not None:
-        mask = last_contiguous(mask.view(torch.uint8).expand(B, Q, S))
+    device = query.device
     config = options(stage, query, K=K, C=C)
     if more:
         config["TANH"] = which_tanh()
     programs = B * blocks(Q, config["BLOCK_Q"])
-    parts, span = split(query.device, programs, S, config["BLOCK_S"], config["num_warps"])
-    partial = peaks = None
-    if parts > 1:
-        partial = query.new_empty(parts, B, Q, C, dtype=torch.float32)
-        peaks = query.new_empty(2, B, Q, parts, dtype=torch.float32)
-    launch(
-        query.device,
+    least = max(1, _LEAST_SPAN // config["BLOCK_Q"])
+    parts, span = split(device, programs, S, config["BLOCK_S"], config["num_warps"], least)
+    score = Launch(
         kernel,
+        device,
         programs * parts,
-        (query, keys, values, *more, mask, lengths, scores, weights, context, partial, peaks),
-        (scale, B, Q, S, K, C, parts, span),
-        (query, keys, values, mask, *more[1:]),
+        (B, Q, S, K, C, parts, span),
+        (query, keys, values, None if mask is None else mask.expand(B, Q, S), *more[1:]),
         WHOLE=parts == 1,
         PRECISION=precision(),
         UPCAST=upcast(query.dtype),
         **config,
     )
+    merge = None
     if parts > 1:
-        launch(
-            query.device,
-            merge_kernel,
-            B * Q,
-            (scores, lengths, weights, context, partial, peaks),
-            (B, Q, S, C, parts),
-            (),
-            LANES=triton.next_power_of_2(parts),
-            **_config("merge", _index(query.device), False, True, (("BLOCK_C", C),)),
-        )
-    return context, weights
+        index, extents = _index(device), (("BLOCK_C", C),)
+        lanes = triton.next_power_of_2(parts)
+        config = _config("merge", index, False, True, extents)
+        merge = Launch(merge_kernel, device, B * Q, (B, Q, S, C, parts), LANES=lanes, **config)
+    exact = query.dtype == torch.float32
+
+    def run(inputs: tuple, scale: float) -> tuple[Tensor, Tensor]:
+        if copied:
+            inputs = tuple(map(last_contiguous, inputs))
+        *tensors, mask, lengths = inputs
+        new = tensors[0].new_empty
+        context, weights = new((B, Q, C)), new((B, Q, S))
+        # Where the weights are float32 the scores lie in their place until they are replaced.
+        scores = weights if exact else new((B, Q, S), dtype=torch.float32)
+        if mask is not None:
+            mask = mask.view(torch.uint8)
+        if parts == 1:
+            score((*tensors, mask, lengths, scores, weights, context, None, None), scale)
+            return context, weights
+        partial = new((parts, B, Q, C), dtype=torch.float32)
+        peaks = new((2, B, Q, parts), dtype=torch.float32)
+        score((*tensors, mask, lengths, scores, weights, context, partial, peaks), scale)
+        merge((scores, lengths, weights, context, partial, peaks))
+        return context, weights
+
+    return run
 
 
 def scores_gradient(
@@ -157,27 +162,43 @@ def scores_gradient(
     dtype: torch.dtype,
 ) -> Tensor:
     """The gradient of the scores before ``scale``, [B, Q, S] in ``dtype``."""
+    inputs = (d_context, d_weights, weights, values, lengths)
+    key = ("scores_bwd", dtype, torch.get_float32_matmul_precision(), described(inputs))
+    return planned(key, lambda: _plan_scores_gradient(inputs, dtype))(inputs, scale)
+
+
+def _plan_scores_gradient(inputs: tuple, dtype: torch.dtype) -> Callable:
+    def dense(d_context, d_weights, weights, values, lengths):
+        whole = [None if t is None else t.contiguous() for t in (d_context, d_weights, weights)]
+        return (*whole, last_contiguous(values), last_contiguous(lengths))
+
+    ready = dense(*inputs)
+    copied = any(t is not given for t, given in zip(ready, inputs, strict=True))
+    _, _, weights, values, _ = ready
     B, Q, S = weights.shape
     C = values.shape[2]
-    d_context, d_weights, weights = (
-        t if t is None else t.contiguous() for t in (d_context, d_weights, weights)
-    )
-    values, lengths = last_contiguous(values), last_contiguous(lengths)
-    d_scores = weights.new_empty(B, Q, S, dtype=dtype)
-    d_p = weights.new_empty(B, Q, S, dtype=torch.float32)
     config = options("scores_bwd", weights, C=C)
-    launch(
-        weights.device,
+    gradient = Launch(
         scores_bwd_kernel,
+        weights.device,
         B * blocks(Q, config["BLOCK_Q"]),
-        (d_context, d_weights, values, weights, lengths, d_p, d_scores),
-        (scale, B, Q, S, C),
+        (B, Q, S, C),
         (values,),
         PRECISION=precision(),
         UPCAST=upcast(values.dtype),
         **config,
     )
-    return d_scores
+
+    def run(inputs: tuple, scale: float) -> Tensor:
+        d_context, d_weights, weights, values, lengths = dense(*inputs) if copied else inputs
+        d_scores = weights.new_empty((B, Q, S), dtype=dtype)
+        # d_p, float32, gives way to the gradient of the scores.
+        exact = dtype == torch.float32
+        d_p = d_scores if exact else weights.new_empty((B, Q, S), dtype=torch.float32)
+        gradient((d_context, d_weights, values, weights, lengths, d_p, d_scores), scale)
+        return d_scores
+
+    return run
 
 
 def values_gradient(

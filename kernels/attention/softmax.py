@@ -54,7 +54,7 @@ def attend(
 ):
     """Softmax and context of the queries i_q of row i_b over the positions start..stop.
 
-    scores: [B, Q, S] float32, -inf where not attended, written by this program.
+    scores: [B, Q, S] float32, -inf where not attended, written by this program; may be weights.
     WHOLE: one program sees the whole source, and writes weights and context. Otherwise it leaves
         its part for :func:`merge_kernel`: ``partial`` [P, B, Q, C], the context not yet divided by
         the sum, and ``peaks`` [2, B, Q, P], the maximum and the sum.
@@ -114,6 +114,8 @@ def attend(
             tl.store(partial + o_out, found, mask=inside)
 
     if WHOLE:
+        # Weights may take the place of scores that another thread still reads above.
+        tl.debug_barrier()
         for s in range(start, end, BLOCK_S):
             o_s = s + i_s
             e = tl.load(p_scores + o_s[None, :], mask=rows & (o_s < stop), other=float("-inf"))
@@ -201,8 +203,8 @@ def scores_bwd_kernel(
 ):
     """d_scores = scale p (d_p - sum p d_p), with d_p = d_context values^T + d_weights.
 
-    d_p: [B, Q, S] float32, scratch. Everything but values is contiguous. Positions from a row's
-    length on are set to zero.
+    d_p: [B, Q, S] float32, scratch; may be d_scores. Everything but values is
+    contiguous. Positions from a row's length on are set to zero.
     """
     blocks = tl.cdiv(Q, BLOCK_Q)
     i_b = tl.program_id(0) // blocks
