@@ -137,49 +137,58 @@ class _Options:
 class _Search:
     """Hypotheses of every source: those in its beam, and the best of those that are finished.
 
-    Of ``tokens`` [B, W, l] and ``scores`` [B, W], log-probabilities, each row belongs to a source
-    left, of ``best`` and ``finished`` to a source given. A place in the beam that nothing fills
-    scores minus infinity.
+    Of ``tokens`` [B, W, l], ``scores`` [B, W], log-probabilities, and ``ends`` [B, 1] each row
+    belongs to a source left, of ``best`` and ``finished`` to a source given. A place in the beam
+    that nothing fills scores minus infinity.
     """
 
     def __init__(self, rows: Rows, ends: Tensor | None, options: _Options) -> None:
         batch, n = rows.sources.shape[0], options.n_best
         new = rows.sources.new_zeros
         none = new((batch, n), dtype=torch.float64).fill_(-torch.inf)
-        self.rows, self.ends, self.options = rows, ends, options
+        self.rows, self.options = rows, options
+        self.ends = None if ends is None else ends.unsqueeze(1)
         self.tokens = new(batch, 1, 0)
         self.scores = new((batch, 1), dtype=torch.float64)
         self.finished = new(batch)
         self.best = Beams(new(batch, n, 0), none, new(batch, n))
+        self._prepare(None)
         if options.max_length == 0:
             self._finish(self.tokens, self.scores)
 
     def choose(self, logits: Tensor, _: Tensor | None) -> Choice:
         """Continue every hypothesis, [W * B, V], and keep the best continuations."""
         width, length = self.options.width, self.tokens.shape[2] + 1
-        batch, beam = self.scores.shape
-        ends = None if self.ends is None else self.ends[self.rows.sources].unsqueeze(1)
+        batch, ends = self.scores.shape[0], self.ends
         if length == 1:
             _check_vocabulary(logits.shape[1], width, ends)
 
         total, parent, token = self._continuations(logits, ends)
-        rows = torch.arange(batch, device=token.device).unsqueeze(1) * beam + parent
-        tokens = torch.cat((_pick(self.tokens, parent), token.unsqueeze(2)), dim=2)
+        rows = parent + self._first
         alive = total > -torch.inf
         going_on = alive if ends is None else alive & (token != ends)
-        if not bool(going_on.all()):
+        some_end = not bool(going_on.all())
+        if some_end:
+            tokens = torch.cat((_pick(self.tokens, parent), token.unsqueeze(2)), dim=2)
             self._finish_some(tokens, total, alive, going_on)
             others = (~going_on).to(torch.uint8).argsort(dim=1, stable=True)
             total = total.masked_fill(~going_on, -torch.inf).gather(1, others)
-            rows, tokens = rows.gather(1, others), _pick(tokens, others)
-        self.scores, self.tokens, rows = total[:, :width], tokens[:, :width], rows[:, :width]
-        if length == self.options.max_length:
+            rows, token = rows.gather(1, others), token.gather(1, others)
+        self.scores = total[:, :width]
+        token, rows = (t[:, :width].flatten() for t in (token, rows))
+        tokens = self.tokens.flatten(0, 1).index_select(0, rows)
+        self.tokens = torch.cat((tokens, token.unsqueeze(1)), dim=1).view(batch, -1, length)
+        last = length == self.options.max_length
+        if last:
             self._finish(self.tokens, self.scores)
-        kept, done = None, self._done()
-        if bool(done.any()):
-            kept = (~done).nonzero().squeeze(1)
-            self.scores, self.tokens, rows = self.scores[kept], self.tokens[kept], rows[kept]
-        return Choice(self.tokens[:, :, -1].flatten(), rows.flatten(), kept)
+        # Where none ends, and no bound comes nearer, nothing is done that was not before.
+        kept = self._left() if some_end or last or not self.options.early_stop else None
+        if kept is not None:
+            self.scores, self.tokens = self.scores[kept], self.tokens[kept]
+            token, rows = (t.view(batch, -1)[kept].flatten() for t in (token, rows))
+        if kept is not None or length == 1:
+            self._prepare(kept)
+        return Choice(token, rows, kept)
 
     def result(self) -> Beams:
         """The best finished hypotheses of every source, without columns that are all padding."""
@@ -195,8 +204,13 @@ class _Search:
         allowed, (batch, beam) = self._allowed(logits, ends), self.scores.shape
         wanted = min(2 * self.options.width, logits.shape[1])
         values, token = top(allowed, wanted)
-        log_p = logits.log_softmax(1).gather(1, token).masked_fill(values == -torch.inf, -torch.inf)
-        total, place = descending((self.scores.reshape(-1, 1) + log_p).view(batch, beam * wanted))
+        log_p = logits.log_softmax(1).gather(1, token)
+        if allowed is not logits:
+            log_p = log_p.masked_fill(values == -torch.inf, -torch.inf)
+        total = (self.scores.reshape(-1, 1) + log_p).view(batch, beam * wanted)
+        if beam == 1:
+            return total, torch.zeros_like(token), token
+        total, place = descending(total)
         total, place = (t[:, : 2 * self.options.width] for t in (total, place))
         return total, place // wanted, token.reshape(batch, beam * wanted).gather(1, place)
 
@@ -247,19 +261,27 @@ class _Search:
         for all_of_them, new in zip(self.best, found, strict=True):
             all_of_them.index_copy_(0, sources, new)
 
-    def _done(self) -> Tensor:
-        """Which of the sources left need no further step, [B], bool."""
+    def _left(self) -> Tensor | None:
+        """Positions of the sources left that need a further step, [B]; None: all of them do."""
         options, sources = self.options, self.rows.sources
         best_in_beam = self.scores.amax(1)
         if self.tokens.shape[2] == options.max_length:
-            return torch.ones_like(sources, dtype=torch.bool)
+            return sources.new_empty(0)
         if options.early_stop:
             enough = self.finished[sources] >= options.width
         else:
             # Log-probabilities only fall, and no penalty is larger than that of the full length.
             bound = best_in_beam / options.penalty(options.max_length)
             enough = self.best.scores[sources, -1] >= bound
-        return enough | (best_in_beam == -torch.inf)
+        done = enough | (best_in_beam == -torch.inf)
+        return (~done).nonzero().squeeze(1) if bool(done.any()) else None
+
+    def _prepare(self, kept: Tensor | None) -> None:
+        """What stays as it is until another source is done."""
+        if kept is not None and self.ends is not None:
+            self.ends = self.ends[kept]
+        batch, beam = self.scores.shape
+        self._first = torch.arange(batch, device=self.scores.device).unsqueeze(1) * beam
 
 
 def _pick(tokens: Tensor, places: Tensor) -> Tensor:
