@@ -10,7 +10,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backends, functional
 from fastseq.backends import Explanation
+from fastseq.functional import loss
 from fastseq.nn.cells import _FastCell
+from fastseq.nn.loss import LinearCrossEntropy
 from fastseq.nn.rnn import _FastLayer
 
 __all__ = ["explain"]
@@ -22,7 +24,7 @@ def explain(target: Callable | torch.nn.Module, *args, **kwargs) -> Explanation:
     """Say what ``target(*args, **kwargs)`` would run, without running it.
 
     Args:
-        target: a function of :mod:`fastseq.functional`, or a module.
+        target: a function of :mod:`fastseq.functional` or :mod:`fastseq.decoding`, or a module.
         args, kwargs: what it would be called with. For a module they may be left out: then the
             module's own weights stand for the input's dtype and device.
 
@@ -34,6 +36,13 @@ def explain(target: Callable | torch.nn.Module, *args, **kwargs) -> Explanation:
     """
     if isinstance(target, ACCELERATED):
         return _explain_module(target, *args, **kwargs)
+    if isinstance(target, LinearCrossEntropy):
+        return loss.explanation(args[0] if args else target.weight, target.weight)
+    if target is functional.linear_cross_entropy:
+        return loss.explanation(*args, **kwargs)
+    if hasattr(target, "explained"):
+        # What stands above this module says of itself what it runs.
+        return target.explained(*args, **kwargs)
     if isinstance(target, torch.nn.Module):
         name = type(target).__name__
         return Explanation(name, "torch", "not one of fastseq's modules")

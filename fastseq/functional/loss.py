@@ -62,7 +62,7 @@ def linear_cross_entropy(
     (gradients of each chunk in the forward pass).
     """
     _check(hidden, weight, bias, target, class_weight, label_smoothing, reduction)
-    if _runs_as_torch() or _is_small(target, weight):
+    if _left_to_torch(hidden, weight) is not None:
         return _by_torch(
             hidden, weight, bias, target, class_weight, ignore_index, label_smoothing, reduction
         )
@@ -89,28 +89,43 @@ def linear_cross_entropy(
     return loss.view(target.shape) if reduction == "none" else loss
 
 
-def _runs_as_torch() -> bool:
-    """Whether torch's own two operators, which know every transform, have to serve the call."""
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        backends._forced.get() == "torch"
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+def explanation(hidden, weight, bias=None, target=None, *args, **keywords) -> backends.Explanation:
+    """What runs a call, and why; of the arguments only ``hidden`` and ``weight`` decide."""
+    reason = _left_to_torch(hidden, weight)
+    if reason is not None:
+        return backends.Explanation("linear_cross_entropy", "torch", reason)
+    return backends.Explanation(
+        "linear_cross_entropy",
+        hidden.device.type,
+        "chunks of rows, so that the logits of all are never held; each chunk's products are "
+        "PyTorch's",
     )
 
 
-def _is_small(target: Tensor, weight: Tensor) -> bool:
-    """Whether one chunk would hold little and cost less than setting the walk up."""
-    size = target.numel() * weight.shape[0] * weight.element_size()
-    return (
-        not torch.compiler.is_compiling()
-        and size <= DIRECT_BYTES
+def _left_to_torch(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why torch's own two operators serve the call, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    forced = backends._forced.get()
+    if forced == "torch":
+        return "use_backend('torch') is in force"
+    # Torch's operators know every transform.
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records torch's own operators"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "no forward-mode derivative yet"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "no rule for torch.func transforms yet"
+    rows = hidden.numel() // max(hidden.shape[-1], 1)
+    size = rows * weight.shape[0] * weight.element_size()
+    small = (
+        size <= DIRECT_BYTES
+        and forced != "cpu"
         and weight.dtype in (torch.float32, torch.float64)
         # Elsewhere an id out of range is not an error that can be caught.
         and weight.is_cpu
     )
+    return f"all logits are {size} bytes: chunks would save nothing" if small else None
 
 
 def _by_torch(hidden, weight, bias, target, class_weight, ignore_index, smoothing, reduction):
