@@ -11,9 +11,9 @@ import torch
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    from benchmarks import bench_attention
+    from benchmarks import bench_attention, command
 
-    monkeypatch.setattr(bench_attention, "busy", lambda: None)
+    monkeypatch.setattr(command, "busy", lambda: None)
     monkeypatch.setitem(bench_attention.SIZES, "cpu", [(2, 3, 4, 5, 6)])
     # Compiling is not what is tested here.
     monkeypatch.setattr(bench_attention.torch, "compile", lambda call: call)

@@ -1,0 +1,147 @@
+"""What the benchmarks of single operations share: arguments, gate, clock, and the table written.
+
+Each is a list of sizes a device, and a function from a size to its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.measure import busy, interleaved, machine
+from fastseq._files import atomic_write, check_writable
+
+__all__ = ["RESULTS", "Row", "command", "milliseconds", "select"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Row:
+    """What one row of the table is about, and ``measure``, which checks and then times it.
+
+    ``measure(seconds)`` returns further columns, or raises AssertionError if an answer is wrong.
+    """
+
+    labels: dict[str, object]
+    measure: Callable[[float], dict[str, object]]
+
+    def record(self, seconds: float) -> dict[str, object]:
+        try:
+            return self.labels | {"status": "ok"} | self.measure(seconds)
+        except AssertionError as error:
+            return self.labels | {"status": f"wrong: {error}"}
+
+
+def select(sizes: list, chosen: str) -> list:
+    """The sizes named by a list such as ``1,3`` (counted from 1), or ``all``.
+
+    Raises:
+        ValueError: not a number, or no such row.
+    """
+    if chosen == "all":
+        return sizes
+    picked = []
+    for word in chosen.split(","):
+        if not word.strip().isdigit() or not 1 <= int(word) <= len(sizes):
+            raise ValueError(f"expected rows from 1 to {len(sizes)}, got {word.strip()!r}")
+        picked.append(sizes[int(word) - 1])
+    return picked
+
+
+def milliseconds(
+    calls: dict[str, Callable[[], object]], device: str, seconds: float
+) -> dict[str, float]:
+    """Median milliseconds of each call, all in turn: by events on a GPU, else by the clock."""
+    if device == "cuda":
+        return _by_events(calls, seconds)
+    return {name: timing.median * 1e3 for name, timing in interleaved(calls, seconds).items()}
+
+
+def _by_events(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    spent, rounds = 0.0, 0
+    while spent < seconds * 1e3 or rounds < 7:
+        for name, call in calls.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # Clears the caches, and keeps the GPU busy while the host prepares the launches.
+            flush.zero_()
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            samples[name].append(begin.elapsed_time(end))
+            spent += samples[name][-1]
+        rounds += 1
+    return {name: median(times) for name, times in samples.items()}
+
+
+def command(
+    name: str,
+    about: str,
+    sizes: dict[str, list],
+    columns: list[str],
+    rows: Callable[[tuple, str, bool], Iterator[Row]],
+    argv: list[str] | None,
+) -> int:
+    """Run a benchmark; 0 if every answer was right, 1 if one was wrong, 2 for bad arguments.
+
+    Args:
+        name: ``bench_<name>``, and the results' name.
+        about: one line for --help.
+        sizes: device to its sizes.
+        columns: of the CSV, in order.
+        rows: of a size, on a device, quick or not.
+        argv: the command line; None: this process's.
+    """
+    parser = argparse.ArgumentParser(prog=f"bench_{name}", description=about)
+    parser.add_argument("--device", choices=sizes, default="cpu")
+    parser.add_argument("--rows", default="all", help="sizes by number from 1, as 1,3 (all)")
+    parser.add_argument("--quick", action="store_true", help="a tenth of a second a row, float32")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the CSV")
+    arguments = parser.parse_args(argv)
+    device = arguments.device
+    try:
+        chosen = select(sizes[device], arguments.rows)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("expected a GPU, got none: torch.cuda.is_available() is False")
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        check_writable(arguments.output)
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.exit(2, f"bench_{name}: {error}\n")
+    ran_on = machine()
+    if device == "cuda":
+        ran_on["gpu"] = torch.cuda.get_device_name()
+    else:
+        ran_on["load"] = busy() or "idle"
+    everything = arguments.rows == "all" and not arguments.quick
+    path = arguments.output / f"{name}_{device}{'' if everything else '_quick'}.csv"
+    records: list[dict[str, object]] = []
+    for size in chosen:
+        for row in rows(size, device, arguments.quick):
+            records.append(row.record(0.1 if arguments.quick else 0.5))
+            print(records[-1], flush=True)
+            # Kept, should the machine's time be up before the last row.
+            _write(path, columns, records, ran_on)
+    return 1 if any(record["status"] != "ok" for record in records) else 0
+
+
+def _write(
+    path: Path, columns: list[str], records: list[dict[str, object]], about: dict[str, str]
+) -> None:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        for key, value in about.items():
+            file.write(f"# {key}: {value}\n")
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(records)
