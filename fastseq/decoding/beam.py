@@ -14,6 +14,10 @@ from fastseq.decoding._top import descending, top
 
 __all__ = ["Beams", "beam_search"]
 
+# So many continuations of a source are ranked as they are, without each hypothesis's best first:
+# fewer operations, which is what a small step costs.
+FEW = 1024
+
 
 class Beams(NamedTuple):
     """What :func:`beam_search` returns."""
@@ -202,7 +206,15 @@ class _Search:
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         allowed, (batch, beam) = self._allowed(logits, ends), self.scores.shape
-        wanted = min(2 * self.options.width, logits.shape[1])
+        most, V = 2 * self.options.width, logits.shape[1]
+        if beam * V <= FEW:
+            log_p = logits.log_softmax(1)
+            if allowed is not logits:
+                log_p = log_p.masked_fill(allowed == -torch.inf, -torch.inf)
+            total = (self.scores.unsqueeze(2) + log_p.view(batch, beam, V)).flatten(1)
+            total, place = top(total, min(most, beam * V))
+            return total, place // V, place % V
+        wanted = min(most, V)
         values, token = top(allowed, wanted)
         log_p = logits.log_softmax(1).gather(1, token)
         if allowed is not logits:
@@ -211,7 +223,7 @@ class _Search:
         if beam == 1:
             return total, torch.zeros_like(token), token
         total, place = descending(total)
-        total, place = (t[:, : 2 * self.options.width] for t in (total, place))
+        total, place = (t[:, :most] for t in (total, place))
         return total, place // wanted, token.reshape(batch, beam * wanted).gather(1, place)
 
     def _allowed(self, logits: Tensor, ends: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ Importing this needs no triton; asking for a kernel does.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -31,6 +32,7 @@ def obstacle(*tensors: torch.Tensor) -> str | None:
     return None
 
 
+@functools.cache
 def kernel(stage: str) -> Callable:
     """The implementation of a stage, with the operator's arguments."""
     return getattr(importlib.import_module(f"{__name__}.{stage}"), stage)

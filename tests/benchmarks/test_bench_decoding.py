@@ -13,7 +13,7 @@ def bench(monkeypatch):
     from benchmarks import bench_decoding, command
 
     monkeypatch.setattr(command, "busy", lambda: None)
-    sizes = [((11, 6, 8, 3, 4), 1e-6, 1e6), ((11, 6, 8, 1, 4), 1e-6, 1e6)]
+    sizes = [((11, 6, 8, 3, 4, 4), 1e-6, 1e6), ((11, 6, 8, 1, 4, 4), 1e-6, 1e6)]
     monkeypatch.setattr(bench_decoding, "SIZES", sizes)
     return bench_decoding
 
