@@ -301,7 +301,8 @@ def test_no_logits_of_all_rows(monkeypatch, reduction, dtype):
         cotangents = [torch.randn(N if reduction == "none" else ())]
         wrt = ["hidden", "weight", "bias"]
         block, peak = largest_allocation(partial(run_with_grads, call, inputs, cotangents, wrt=wrt))
-        assert block <= 1 << 18
+        # oneDNN sums a bfloat16 product on AMX in a float32 scratch of its own, and aligns that.
+        assert block <= (1 << 18) + 128
         # Gradients twice (kept, then scaled), the rows' losses and a chunk in two dtypes.
         assert peak < N * V * dtype.itemsize / 8
     full, _ = largest_allocation(lambda: by_torch(*inputs.values()))
