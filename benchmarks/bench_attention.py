@@ -47,9 +47,9 @@ SIZES = {
         (8, 100, 400, 256, 256),
     ],
 }
-# Places of the sizes that the dot score too is measured at on a GPU: what torch.compile takes for
-# each row is most of the time there is.
-MORE = (0, 2)
+# On a GPU, which of the sizes a score and a dtype besides the first are measured at: what
+# torch.compile takes for each row is most of the time there is.
+SECOND = {"dot": (0,), "bfloat16": (0, 2)}
 # Special functions a clock and multiprocessor; gfx9 and NVIDIA alike.
 SPECIAL_RATE = 16
 # One core: a tanh from exponentials at hand, in AVX-512, and what it reads from memory a second.
@@ -137,12 +137,13 @@ def compiled(call: Callable, case: AttentionCase, mode: str) -> dict[str, Callab
 
 
 def rows(size: tuple[int, ...], device: str, quick: bool) -> Iterator[Row]:
-    scores_of, dtypes = ("additive", "dot"), list(DTYPES)
-    if device == "cuda" and SIZES[device].index(size) not in MORE:
-        scores_of = ("additive",)
-    if quick or device == "cpu":
-        dtypes = ["float32"]
-    for score, dtype, mode in itertools.product(scores_of, dtypes, MODES):
+    place = SIZES[device].index(size)
+    dtypes = ["float32"] if quick or device == "cpu" else list(DTYPES)
+    for score, dtype, mode in itertools.product(("additive", "dot"), dtypes, MODES):
+        if device == "cuda" and any(
+            place not in SECOND.get(name, (place,)) for name in (score, dtype)
+        ):
+            continue
 
         def measure(seconds: float, score=score, dtype=dtype, mode=mode) -> dict[str, object]:
             case = attention_case(score, *size, dtype=DTYPES[dtype], lengths=False).to(device)
