@@ -54,7 +54,7 @@ part "doctor" 60 python3 -m fastseq.cli doctor
 side_by_side=()
 python3 -c 'import xdist' > /dev/null 2>&1 && side_by_side=(-n 8 --dist worksteal)
 part "tests" 180 python3 -m pytest -q --durations=5 ${side_by_side[@]+"${side_by_side[@]}"} \
-  tests/test_gpu.py tests/kernels/test_attention_gpu.py
+  tests/test_gpu.py tests/kernels/test_attention_gpu.py tests/decoding/test_on_a_gpu.py
 part "attention" 150 python3 -m benchmarks.bench_attention --device cuda --output "$out"
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
