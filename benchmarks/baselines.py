@@ -74,13 +74,25 @@ def onnxruntime(module: torch.nn.Module, mode: str) -> Callable[[Tensor], object
     return lambda x: (torch.from_numpy(session.run(None, {"x": x.numpy()})[0][:, 0]),)
 
 
-def compiled(module: torch.nn.Module, mode: str) -> torch.nn.Module:
+def compiled(module: torch.nn.Module, mode: str) -> Callable[..., object]:
     """The module through torch.compile, in one graph; its first call compiles, for minutes.
 
-    The caller makes that call outside any timing, and takes what it raises for a refusal.
+    The caller makes that call outside any timing; it raises Refused where torch's compiler says
+    that it cannot trace the module, and what it likes where the compiler fails.
     """
+    from torch._dynamo.exc import Unsupported
+
     torch.compiler.reset()
-    return torch.compile(module, fullgraph=True)
+    run = torch.compile(module, fullgraph=True)
+
+    def call(*arguments: object) -> object:
+        try:
+            return run(*arguments)
+        except Unsupported as error:
+            raise Refused(str(error).partition("\n")[0]) from error
+
+    call.parameters = module.parameters
+    return call
 
 
 OTHERS: dict[str, Baseline] = {"onnxruntime": onnxruntime}

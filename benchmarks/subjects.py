@@ -11,9 +11,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from benchmarks.shapes import Measurement
 from fastseq import nn
-from fastseq.testing import RecurrentCase, assert_matches, recurrent_case
+from fastseq.testing import (
+    RecurrentCase,
+    assert_close_to_reference,
+    assert_matches,
+    recurrent_case,
+)
 
-__all__ = ["Subject", "class_name", "subject", "verify"]
+__all__ = ["Subject", "class_name", "subject", "verify", "verify_results"]
 
 _CLASSES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}
 
@@ -110,9 +115,14 @@ def _cell_function(case: RecurrentCase, module: torch.nn.Module) -> Callable[...
     return call
 
 
-def verify(m: Measurement) -> None:
-    """Raise AssertionError unless every output and gradient keeps the error budget."""
-    tested = subject(m)
+def verify(m: Measurement, tested: Subject | None = None) -> None:
+    """Raise AssertionError unless every output and gradient keeps the error budget.
+
+    Args:
+        m: whose modules run.
+        tested: on what; by default the measurement's own subject.
+    """
+    tested = tested or subject(m)
     case = tested.case
     if m.group == "cells":
         sides = [_cell_function(case, tested.module(side)) for side in ("fastseq", "torch")]
@@ -127,3 +137,21 @@ def verify(m: Measurement) -> None:
         names=case.names,
         what=f"{m.group} {case}",
     )
+
+
+def verify_results(name: str, results: object, tested: Subject, mode: str) -> None:
+    """Raise AssertionError unless what a step of ``mode`` returned is right.
+
+    A baseline set up wrongly would flatter us; its own rounding is not our concern.
+    """
+    exact = tested.case.to(torch.float64)
+    leaves = [t.clone().requires_grad_(mode == "train") for t in exact.inputs.values()]
+    truth = [exact.reference()(*leaves)[0]]
+    if mode == "train":
+        truth = torch.autograd.grad(truth[0], leaves, exact.cotangents[0])
+    found = results if mode == "train" else [results]
+    what = ("y",) if mode == "inf" else tuple(f"d{key}" for key in exact.inputs)
+    for key, got, expected in zip(what, found, truth, strict=True):
+        terms = max(got.numel(), tested.tokens)
+        # A cell's tensors lack the step.
+        assert_close_to_reference(got, expected.view_as(got), what=f"{name} {key}", terms=terms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,6 @@ def test_bad_arguments_end_before_anything_is_measured(bench, tmp_path, argument
     ],
 )
 def test_every_kind_of_row_is_checked_and_runs(bench, cell, group, variant):
-    from dataclasses import replace
-
     from benchmarks import shapes, subjects
 
     wanted = cell, group, variant
@@ -125,3 +124,65 @@ def test_peak_is_a_rate_of_every_instruction_set_and_of_no_other():
     for isa in _native.available_isas():
         assert 0 < measure(isa.encode(), 0.0) < float("inf")
     assert measure(b"none", 0.0) < 0
+
+
+def _row(bench, m, ratio=4.0):
+    from benchmarks.measure import Timing
+
+    one, other = (Timing(t, t, t, 7) for t in (1.0, ratio))
+    return bench.Row(m, times={"fastseq": one, "baseline": other})
+
+
+def test_a_geometric_mean_is_judged_when_all_its_rows_are_there(bench):
+    from benchmarks import shapes
+
+    together = [m for m in shapes.measurements() if m.cell == "lstm" and m.group == "cells"]
+    rows = [_row(bench, m) for m in together]
+    assert {bench.met(row, rows) for row in rows} == {"yes"}
+    assert {bench.met(row, rows[1:]) for row in rows[1:]} == {""}
+    rows[0].times = None
+    assert [bench.met(row, rows) for row in rows] == ["no"] + [""] * (len(rows) - 1)
+    slow = [_row(bench, m, 1.0) for m in together]
+    assert {bench.met(row, slow) for row in slow} == {"no"}
+
+
+@pytest.mark.parametrize("cell,variant", [("lstm", "half full"), ("gru", "long")])
+def test_what_a_cost_is_measured_against_is_checked_too(bench, monkeypatch, cell, variant):
+    from benchmarks import shapes
+
+    sizes = (20, 4, 5, 6)
+    m = next(m for m in shapes.measurements() if (m.cell, m.variant) == (cell, variant))
+    m = replace(m, sizes=sizes)
+    seen = []
+    monkeypatch.setattr(bench, "verify", lambda m, tested: seen.append(tested.tokens))
+    monkeypatch.setattr(bench, "measure", lambda m, *_: _row(bench, m))
+    bench.measured([m], 0.01, False, bench.Console())
+    assert seen == ([40, 80] if variant == "half full" else [80, 8])
+
+
+@pytest.mark.parametrize(
+    "failure,word",
+    [("refuses", "refused"), ("breaks", "error"), ("errs", "wrong"), (None, None)],
+)
+@pytest.mark.parametrize("mode", ["train", "inf"])
+def test_a_baseline_that_fails_is_named_for_what_it_did(bench, monkeypatch, failure, word, mode):
+    from benchmarks import baselines, shapes
+
+    def make(module, mode):
+        def call(x):
+            if failure == "refuses":
+                raise baselines.Refused("no")
+            if failure == "breaks":
+                raise RuntimeError("internal")
+            y, state = module(x)
+            return (y * 1.001 if failure == "errs" else y), state
+
+        call.parameters = module.parameters
+        return call
+
+    monkeypatch.setattr(baselines, "OTHERS", {})
+    monkeypatch.setattr(baselines, "COMPILE", {"compile": make})
+    first = next(m for m in shapes.measurements() if m.mode == mode)
+    row = bench.measure(replace(first, sizes=(3, 4, 5, 6)), 0.01, True)
+    assert ("compile" in row.times) == (word is None)
+    assert row.milliseconds("compile") == word or word is None
