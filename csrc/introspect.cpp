@@ -64,7 +64,8 @@ FASTSEQ_EXPORT int fastseq_gemm_f32(const char* isa, const float* a, const float
                                     int64_t M, int64_t N, int64_t K) {
   const fastseq::Kernels* k = find(isa);
   if (!k) return 1;
-  const fastseq::Gemm<float> g{M, N, K, a, K, 1, nullptr, b, N, nullptr, c, N, false, 0};
+  const fastseq::Gemm<float> g{M,       N, K, a,     K, 1, nullptr, b,      N,
+                               nullptr, c, N, false, 0, 0, nullptr, nullptr};
   k->basic.f32->gemm(g, fastseq::Threads{1, nullptr});
   return 0;
 }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#define FASTSEQ_GEMM_MEMBER inline __attribute__((always_inline))
+
 namespace fastseq {
 
 template <class T>
@@ -21,6 +23,20 @@ struct Gemm {
   int64_t ldc;
   bool accumulate;
   int64_t chain;  // products summed up in a row; 0: as many as usual
+  // The columns from `split` on, a multiple of a panel's, are of another B and C, given by rows;
+  // 0: there are none. A, read once, serves both.
+  int64_t split;
+  const T* const* b_rows_2;
+  T* const* c_rows_2;
+
+  FASTSEQ_GEMM_MEMBER const T* b_at(int64_t k, int64_t n) const {
+    if (split && n >= split) return b_rows_2[k] + n - split;
+    return (b_rows ? b_rows[k] : b + k * ldb) + n;
+  }
+  FASTSEQ_GEMM_MEMBER T* c_at(int64_t m, int64_t n) const {
+    if (split && n >= split) return c_rows_2[m] + n - split;
+    return (c_rows ? c_rows[m] : c + m * ldc) + n;
+  }
 };
 
 }  // namespace fastseq

@@ -3,8 +3,8 @@
 // have the same bits for any number of threads.
 
 // A block of B (kBlockK x kBlockN) and one of A (kBlockM x kBlockK) share the second-level cache:
-// 512 KiB and 96 KiB of float.
-constexpr int64_t kBlockK = 256, kBlockN = 512, kBlockM = 96;
+// 512 KiB and 96 KiB of float. Deep rather than wide: each block of k reads and writes all of C.
+constexpr int64_t kBlockK = 512, kBlockN = 256, kBlockM = 48;
 // Packing A pays where more panels of B than this read it.
 constexpr int64_t kFewPanels = 3;
 // Parts that a product is cut into at most.
@@ -32,13 +32,13 @@ void pack_b(const Gemm<T>& g, int64_t k0, int64_t k1, int64_t n0, int64_t n1, T*
   for (int64_t group = n0; group < n1; group += kTogether) {
     const int64_t group_end = min64(group + kTogether, n1);
     for (int64_t k = k0; k < k1; ++k) {
-      const T* row = g.b_rows ? g.b_rows[k] : g.b + k * g.ldb;
       for (int64_t n = group; n < group_end; n += kPanel<T>) {
+        const T* row = g.b_at(k, n);
         const int cols = int(min64(kPanel<T>, n1 - n));
         const int vectors = int(ceil_div(cols, kLanes<T>));
         T* to = out + (n - n0) * (k1 - k0) + (k - k0) * vectors * kLanes<T>;
         for (int v = 0; v < vectors; ++v) {
-          store(to + v * kLanes<T>, load(row + n + v * kLanes<T>, cols - v * kLanes<T>));
+          store(to + v * kLanes<T>, load(row + v * kLanes<T>, cols - v * kLanes<T>));
         }
       }
     }
@@ -63,9 +63,10 @@ void pack_a(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t k0, int64_t k1, T*
 
 // kRows rows of A by `Vectors` vectors of packed B, to sums [kRows][Vectors][lanes].
 template <class T, int Vectors, class A>
-FASTSEQ_TILE void gemm_sums(int64_t K, const A& a, const T* b, int64_t chain, T* sums) {
+FASTSEQ_TILE void gemm_sums(int64_t K, const A& a, const T* b, int64_t chain, Strided<T> soon,
+                            T* sums) {
   Vec<T> acc[kRows][Vectors] = {};
-  multiply<T, kRows, Vectors, 1>(K, a, b, 0, acc, nullptr, chain);
+  multiply<T, kRows, Vectors, 1>(K, a, b, 0, acc, soon, chain);
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
@@ -73,13 +74,19 @@ FASTSEQ_TILE void gemm_sums(int64_t K, const A& a, const T* b, int64_t chain, T*
   }
 }
 
+// One tile of C: `rows` by `cols` from row m and column n on.
 template <class T, int Vectors, class A>
 FASTSEQ_INLINE void gemm_tile(const Gemm<T>& g, int64_t m, int64_t n, int64_t K, const A& a,
-                              const T* b, int rows, int cols, bool accumulate) {
+                              const T* b, int rows, int cols, bool accumulate, Strided<T> soon) {
   alignas(64) T sums[kRows * Vectors * kLanes<T>];
-  gemm_sums<T, Vectors>(K, a, b, g.chain ? g.chain : kChain, sums);
+  if (accumulate) {
+    for (int i = 0; i < rows; ++i) {
+      for (int v = 0; v < Vectors; ++v) __builtin_prefetch(g.c_at(m + i, n) + v * kLanes<T>, 1);
+    }
+  }
+  gemm_sums<T, Vectors>(K, a, b, g.chain ? g.chain : kChain, soon, sums);
   for (int i = 0; i < rows; ++i) {
-    T* row = (g.c_rows ? g.c_rows[m + i] : g.c + (m + i) * g.ldc) + n;
+    T* row = g.c_at(m + i, n);
     for (int v = 0; v < Vectors; ++v) {
       T* out = row + v * kLanes<T>;
       const int lanes = cols - v * kLanes<T>;
@@ -89,26 +96,46 @@ FASTSEQ_INLINE void gemm_tile(const Gemm<T>& g, int64_t m, int64_t n, int64_t K,
   }
 }
 
-// The rows [m0, m1) of C by one panel of packed B. A with columns side by side is packed, or, where
-// few panels use it, taken as it stands (packed_a null) but for the last rows.
+// A block of C: the rows [m0, m1) of A by packed columns [n0, n1) of B, over [k0, k1).
+template <class T>
+struct GemmBlock {
+  int64_t m0, m1, k0, k1, n0, n1;
+  bool accumulate;
+  const T* b;
+  // A with columns side by side is packed, or, where few panels use it, taken as it stands (null)
+  // but for the last rows.
+  const T* a;
+  T* last_rows;
+  // The columns [next, next + next_columns) of A, over `next_depth` of k, are packed next: to be
+  // fetched meanwhile.
+  const T* next;
+  int64_t next_columns, next_depth;
+};
+
+// One panel of a block.
 template <class T, int Vectors>
-void gemm_panel(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t k0, int64_t K, int64_t n,
-                const T* packed_a, const T* b, int cols, bool accumulate, T* last_rows) {
-  for (int64_t m = m0; m < m1; m += kRows) {
-    const int rows = int(min64(kRows, m1 - m));
+void gemm_panel(const Gemm<T>& g, const GemmBlock<T>& block, int64_t n, int cols) {
+  const int64_t K = block.k1 - block.k0;
+  const T* b = block.b + (n - block.n0) * K;
+  auto tile = [&](int64_t m, const auto& a, int rows, Strided<T> soon) {
+    gemm_tile<T, Vectors>(g, m, n, K, a, b, rows, cols, block.accumulate, soon);
+  };
+  int64_t line = (n - block.n0) / kPanel<T> * ceil_div(block.m1 - block.m0, kRows) * kLanes<T>;
+  for (int64_t m = block.m0; m < block.m1; m += kRows, line += kLanes<T>) {
+    const int rows = int(min64(kRows, block.m1 - m));
     if (g.a_k == 1) {
       const T* row[kRows];
-      for (int i = 0; i < kRows; ++i) row[i] = g.a + (m + (i < rows ? i : 0)) * g.a_m + k0;
-      gemm_tile<T, Vectors>(g, m, n, K, RowsOfA<T>{row}, b, rows, cols, accumulate);
-    } else if (packed_a) {
-      const PackedA<T> a{packed_a + (m - m0) * K};
-      gemm_tile<T, Vectors>(g, m, n, K, a, b, rows, cols, accumulate);
+      for (int i = 0; i < kRows; ++i) row[i] = g.a + (m + (i < rows ? i : 0)) * g.a_m + block.k0;
+      tile(m, RowsOfA<T>{row}, rows, {});
+    } else if (block.a) {
+      const bool soon = line < block.next_columns && K <= block.next_depth;
+      tile(m, PackedA<T>{block.a + (m - block.m0) * K}, rows,
+           soon ? Strided<T>{block.next + line, g.a_k} : Strided<T>{});
     } else if (rows == kRows) {
-      const ColumnsOfA<T> a{g.a + k0 * g.a_k + m, g.a_k};
-      gemm_tile<T, Vectors>(g, m, n, K, a, b, rows, cols, accumulate);
+      tile(m, ColumnsOfA<T>{g.a + block.k0 * g.a_k + m, g.a_k}, rows, {});
     } else {
-      pack_a(g, m, m1, k0, k0 + K, last_rows);
-      gemm_tile<T, Vectors>(g, m, n, K, PackedA<T>{last_rows}, b, rows, cols, accumulate);
+      pack_a(g, m, block.m1, block.k0, block.k1, block.last_rows);
+      tile(m, PackedA<T>{block.last_rows}, rows, {});
     }
   }
 }
@@ -117,21 +144,40 @@ template <class T>
 void gemm_block(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                 const GemmBlocks<T>& blocks) {
   for (int64_t k0 = 0; k0 < g.K; k0 += kBlockK) {
-    const int64_t k1 = min64(k0 + kBlockK, g.K), K = k1 - k0;
-    const bool accumulate = g.accumulate || k0 > 0;
+    const int64_t k1 = min64(k0 + kBlockK, g.K);
     for (int64_t nb = n0; nb < n1; nb += kBlockN) {
       const int64_t ne = min64(nb + kBlockN, n1);
+      const bool packed = g.a_k != 1 && ne - nb > kFewPanels * kPanel<T>;
       pack_b(g, k0, k1, nb, ne, blocks.b);
       for (int64_t mb = m0; mb < m1; mb += kBlockM) {
         const int64_t me = min64(mb + kBlockM, m1);
-        const bool packed = g.a_k != 1 && ne - nb > kFewPanels * kPanel<T>;
-        if (packed) pack_a(g, mb, me, k0, k1, blocks.a);
+        GemmBlock<T> block{mb,
+                           me,
+                           k0,
+                           k1,
+                           nb,
+                           ne,
+                           g.accumulate || k0 > 0,
+                           blocks.b,
+                           packed ? blocks.a : nullptr,
+                           blocks.a,
+                           nullptr,
+                           0,
+                           0};
+        if (packed) {
+          pack_a(g, mb, me, k0, k1, blocks.a);
+          // The rows of A after these; after the last, the first ones of this block of k again or
+          // of the next.
+          const bool more = me < m1, again = ne < n1;
+          const int64_t next_m = more ? me : m0, next_k = more || again ? k0 : k1;
+          block.next = g.a + next_k * g.a_k + next_m;
+          block.next_columns = min64(kBlockM, m1 - next_m);
+          block.next_depth = min64(kBlockK, g.K - next_k);
+        }
         for (int64_t n = nb; n < ne; n += kPanel<T>) {
           const int cols = int(min64(kPanel<T>, ne - n));
           with_const<kPanelVectors>(int(ceil_div(cols, kLanes<T>)), [&](auto vectors) {
-            gemm_panel<T, decltype(vectors)::value>(
-                g, mb, me, k0, K, n, packed ? blocks.a : nullptr, blocks.b + (n - nb) * K, cols,
-                accumulate, blocks.a);
+            gemm_panel<T, decltype(vectors)::value>(g, block, n, cols);
           });
         }
       }
@@ -155,8 +201,7 @@ void gemm_part(const Gemm<T>& g, int64_t part, int64_t parts, const GemmBlocks<T
     return;
   }
   for (int64_t m = m0; m < m1 && !g.accumulate; ++m) {
-    T* row = g.c_rows ? g.c_rows[m] : g.c + m * g.ldc;
-    for (int64_t n = n0; n < n1; ++n) row[n] = 0;
+    for (int64_t n = n0; n < n1; ++n) *g.c_at(m, n) = 0;
   }
 }
 

@@ -40,6 +40,22 @@ struct ColumnsOfA {
   FASTSEQ_INLINE T at(int m, int64_t k) const { return a[k * stride + m]; }
 };
 
+// What to fetch meanwhile: lines one after the other, or a line every `stride` elements.
+template <class T>
+struct Strided {
+  const T* first;
+  int64_t stride;
+  explicit operator bool() const { return first; }
+};
+template <class T>
+FASTSEQ_INLINE const T* line_of(const T* soon, int64_t k) {
+  return soon + k * kLanes<T>;
+}
+template <class T>
+FASTSEQ_INLINE const T* line_of(const Strided<T>& soon, int64_t k) {
+  return soon.first + k * soon.stride;
+}
+
 // Chains end, and their sums are added up, every so many k: the rounding of a sum grows with the
 // length of a chain.
 constexpr int64_t kChain = 128;
@@ -52,12 +68,12 @@ inline int64_t chain_over(int64_t K) { return K <= 1024 ? 32 : K <= 2048 ? 64 : 
 // enough (eight) to hide the latency of an FMA.
 //
 // With Fetch, a line of `soon` a k goes to the second-level cache meanwhile.
-template <class T, int Rows, int Vectors, int Panels, bool Fetch, class A>
+template <class T, int Rows, int Vectors, int Panels, bool Fetch, class A, class Soon>
 FASTSEQ_INLINE void multiply_chain(int64_t k0, int64_t k1, const A& a, const T* panel,
                                    int64_t panel_stride, Vec<T> (&acc)[Rows][Panels * Vectors],
-                                   const T* soon) {
+                                   const Soon& soon) {
   for (int64_t k = k0; k < k1; ++k) {
-    if (Fetch) __builtin_prefetch(soon + k * kLanes<T>, 0, 2);
+    if (Fetch) __builtin_prefetch(line_of(soon, k), 0, 2);
     Vec<T> b[Panels * Vectors];
 #pragma GCC unroll 12
     for (int v = 0; v < Panels * Vectors; ++v) {
@@ -93,7 +109,7 @@ FASTSEQ_INLINE void multiply_two_chains(int64_t k0, int64_t k1, int64_t k2, cons
     }
   }
   multiply_chain<T, Rows, Vectors, Panels, false>(k0 + both, k1, a, panel, panel_stride, acc,
-                                                  nullptr);
+                                                  panel);
 }
 
 // total (+)= sums, then sums = 0 for the next chain; or, after the last, sums += total.
@@ -114,9 +130,9 @@ FASTSEQ_INLINE void add_chain(bool first, bool last, T* total, Vec<T> (&sums)[Ro
 }
 
 // The same over all of [0, K), in chains.
-template <class T, int Rows, int Vectors, int Panels, bool Fetch, class A>
+template <class T, int Rows, int Vectors, int Panels, bool Fetch, class A, class Soon>
 FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64_t panel_stride,
-                                    Vec<T> (&acc)[Rows][Panels * Vectors], const T* soon,
+                                    Vec<T> (&acc)[Rows][Panels * Vectors], const Soon& soon,
                                     int64_t chain) {
   if (K <= chain) {
     multiply_chain<T, Rows, Vectors, Panels, Fetch>(0, K, a, panel, panel_stride, acc, soon);
@@ -144,11 +160,11 @@ FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64
   }
 }
 
-// `soon`: what to fetch meanwhile, K vectors of it; null for nothing. (Fetching what is near
+// `soon`: what to fetch meanwhile, K lines of it; null for nothing. (Fetching what is near
 // already takes the few buffers that the panel itself needs.)
-template <class T, int Rows, int Vectors, int Panels, class A>
+template <class T, int Rows, int Vectors, int Panels, class A, class Soon = const T*>
 FASTSEQ_INLINE void multiply(int64_t K, const A& a, const T* panel, int64_t panel_stride,
-                             Vec<T> (&acc)[Rows][Panels * Vectors], const T* soon = nullptr,
+                             Vec<T> (&acc)[Rows][Panels * Vectors], Soon soon = {},
                              int64_t chain = kChain) {
   if (soon) {
     multiply_chains<T, Rows, Vectors, Panels, true>(K, a, panel, panel_stride, acc, soon, chain);

@@ -215,8 +215,11 @@ struct BackwardLoop {
     alignas(64) T sums[kRows * 2 * kPanel<T>];
     const int64_t tiles = ceil_div(count, kRows);
     const int most = count ? int(ceil_div(count, tiles)) : 1;
-    for (int64_t p = share.g0, n = 0; p < share.g1; p += n) {
-      n = product.together(most, p, share.g1);
+    // To and fro, as the forward pass goes.
+    const bool back = step % 2 == 1 && 2 * most > kRows;
+    for (int64_t done = 0, n = 0; done < share.g1 - share.g0; done += n) {
+      const int64_t p = back ? share.g1 - 1 - done : share.g0 + done;
+      n = back ? 1 : product.together(most, p, share.g1);
       const int wide = product.vectors(p);
       const int64_t unit = p * kPanel<T>;
       int64_t b = 0;
@@ -224,7 +227,7 @@ struct BackwardLoop {
         const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
         bool any = false;
         for (int m = 0; m < rows; ++m) any = any || task.from[b + m] != zero;
-        product.sums(p, int(n), rows, task.from + b, any, int(i), sums);
+        product.sums(p, int(n), rows, task.from + b, any, int(i), back, sums);
         auto sum = [&](int m, int j) {
           return sums + (((j / wide) * rows + m) * wide + j % wide) * kLanes<T>;
         };
@@ -285,7 +288,7 @@ struct BackwardLoop {
       int64_t b = 0;
       for (int64_t i = 0; i < tiles; ++i) {
         const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
-        product.sums(p, int(n), rows, task.from + b, true, int(i), sums);
+        product.sums(p, int(n), rows, task.from + b, true, int(i), false, sums);
         auto sum = [&](int m, int j) {
           return sums + (((j / wide) * rows + m) * wide + j % wide) * kLanes<T>;
         };

@@ -1,7 +1,7 @@
 // Gradients of weights, biases and inputs, from the gradients of the sums of all tokens.
 
 inline int64_t deferred_pointers(const RecurrentShape& s, int64_t gates) {
-  return s.tokens * (2 + s.D) + 2 * s.D * gates;
+  return s.tokens * (2 + s.D) + 3 * s.D * gates;
 }
 
 template <class Cell, class T>
@@ -16,6 +16,7 @@ struct Deferred {
   const T** h_rows[2];  // [tokens]: the h that entered each token
   const T** w_rows[2];  // [G*H]: rows of W_ih in the order of the gradient row's blocks
   T** dw_rows[2];       // the same of dL/dW_ih
+  T** dw_hh_rows[2];    // [G*H]
 
   Deferred(const BackwardLoop<Cell, T>& loop, const T** memory) : loop(loop), s(loop.a.shape) {
     const RecurrentBackward<T>& a = loop.a;
@@ -30,10 +31,13 @@ struct Deferred {
       h_rows[d] = take(s.tokens);
       w_rows[d] = take(kGates * s.H);
       dw_rows[d] = const_cast<T**>(take(kGates * s.H));
+      dw_hh_rows[d] = const_cast<T**>(take(kGates * s.H));
       for (int64_t i = 0; i < kGates * s.H; ++i) {
         const int64_t row = Row::gate(int(i / s.H)) * s.H + i % s.H;
         w_rows[d][i] = a.weights[d].w_ih + row * s.I;
-        if (a.dw_hh[d]) dw_rows[d][i] = a.dw_ih[d] + row * s.I;
+        if (!a.dw_hh[d]) continue;
+        dw_rows[d][i] = a.dw_ih[d] + row * s.I;
+        dw_hh_rows[d][i] = a.dw_hh[d] + i * s.P;
       }
     }
     for (int64_t t = 0; t < s.T; ++t) {
@@ -46,11 +50,19 @@ struct Deferred {
     }
   }
 
+  // Whether by_x is of both, reading the gradients of the sums once.
+  bool joined() const { return !Row::kRecurrent && s.I > 0 && s.I % kPanel<T> == 0; }
   Gemm<T> by_x(int d) const {
     Gemm<T> g = over_tokens(loop.dsums[d], loop.dsums_row, kGates * s.H);
     g.N = s.I;
     g.b_rows = x_rows;
     g.c_rows = dw_rows[d];
+    if (joined()) {
+      g.N += s.P;
+      g.split = s.I;
+      g.b_rows_2 = h_rows[d];
+      g.c_rows_2 = dw_hh_rows[d];
+    }
     return g;
   }
   Gemm<T> by_h(int d) const {
@@ -128,10 +140,10 @@ void recurrent_deferred(const BackwardLoop<Cell, T>& loop, const T** memory,
   int count = 0;
   for (int d = 0; d < s.D; ++d) {
     if (a.dw_hh[d]) products[count++] = deferred.by_x(d);
-    if (a.dw_hh[d]) products[count++] = deferred.by_h(d);
+    if (a.dw_hh[d] && !deferred.joined()) products[count++] = deferred.by_h(d);
     if (a.dw_hr[d]) products[count++] = deferred.by_unprojected(d);
   }
-  // After the others: a part of the second direction adds to what it made of the first.
+  const int alone = count;
   for (int d = 0; d < s.D && a.dx.base; ++d) products[count++] = deferred.to_x(d);
 
   int64_t work = 0, a_size = 0, b_size = 0;
@@ -140,20 +152,29 @@ void recurrent_deferred(const BackwardLoop<Cell, T>& loop, const T** memory,
     a_size = max64(a_size, GemmBlocks<T>::a_size(products[i]));
     b_size = max64(b_size, GemmBlocks<T>::b_size(products[i]));
   }
-  const int64_t parts = max64(1, min64(min64(threads.count, kMostParts), work / kWorthATask));
+  // Large products in more parts than there are threads, for whoever is free.
+  constexpr int64_t kWorthTaking = int64_t(1) << 24;
+  const int64_t workers = max64(1, min64(min64(threads.count, kMostParts), work / kWorthATask));
+  const int64_t parts = work / workers >= kWorthTaking ? 2 * workers : workers;
   GemmBlocks<T> blocks[kMostParts];
   auto lay_out = [&](auto& memory) {
-    for (int64_t part = 0; part < parts; ++part) {
-      blocks[part].a = memory.template take<T>(size_t(a_size));
-      blocks[part].b = memory.template take<T>(size_t(b_size));
+    for (int64_t i = 0; i < workers; ++i) {
+      blocks[i].a = memory.template take<T>(size_t(a_size));
+      blocks[i].b = memory.template take<T>(size_t(b_size));
     }
   };
   ScratchSize needed;
   lay_out(needed);
   Scratch scratch(needed.bytes());
   lay_out(scratch);
-  run_tasks(threads, parts, [&](int64_t part) {
-    for (int i = 0; i < count; ++i) gemm_part(products[i], part, parts, blocks[part]);
-    for (int d = 0; d < s.D; ++d) deferred.sums(d, part, parts);
-  });
+  // Of each product its parts; then parts of dL/dx, where that of the second direction adds to what
+  // that of the first has made; with them the sums.
+  run_queue(Threads{int(workers), threads.parallel_for}, (alone + 1) * parts,
+            [&](int64_t task, int64_t worker) {
+              const int64_t part = task % parts;
+              const int first = int(task / parts), last = first < alone ? first + 1 : count;
+              for (int i = first; i < last; ++i)
+                gemm_part(products[i], part, parts, blocks[worker]);
+              for (int d = 0; d < s.D && first == alone; ++d) deferred.sums(d, part, parts);
+            });
 }

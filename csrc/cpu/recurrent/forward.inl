@@ -52,7 +52,7 @@ struct ForwardLoop {
     alignas(64) T sums[L::kRows * kRowOut];
     const T *x[L::kRows], *start[L::kRows];
     T* target[L::kRows];
-    SumsTile<T> tile{start, x, x, 0, nullptr, nullptr, s.I, 0, 2};
+    SumsTile<T> tile{start, x, x, 0, nullptr, nullptr, s.I, 0, 2, false};
     for (int64_t g = share.g0; g < share.g1; ++g) {
       tile.panel_x = tile.panel_h = packed.x + g * s.I * L::kColumns * kLanes<T>;
       const T* bias = packed.bias + g * kRowOut;
@@ -151,14 +151,19 @@ struct ForwardLoop {
     const T* params = a.weights[share.d].params;
     // Few rows take several groups, up to eight rows' worth in all.
     alignas(64) T sums[(L::kRows + 8) * kRowOut];
-    SumsTile<T> tile{task.start, task.x,  task.h,          (ahead ? tokens : 1) * kRowOut,
-                     nullptr,    nullptr, ahead ? 0 : s.I, s.P,
-                     0};
+    SumsTile<T> tile{task.start, task.x,       task.h,          (ahead ? tokens : 1) * kRowOut,
+                     nullptr,    nullptr,      ahead ? 0 : s.I, s.P,
+                     0,          step % 2 == 1};
     // Tiles of even height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
     const int64_t tiles = ceil_div(count, L::kRows);
     const int most = tiles == 1 ? L::groups(int(count)) : 1;
-    for (int64_t g = share.g0, groups = 0; g < share.g1; g += groups) {
-      groups = g + most <= share.g1 ? most : 1;
+    const int64_t whole = (share.g1 - share.g0) / most;
+    const int64_t pieces = whole + (share.g1 - share.g0) % most;
+    for (int64_t i_piece = 0; i_piece < pieces; ++i_piece) {
+      // To and fro: what the last step read last may still be in a near cache.
+      const int64_t piece = tile.back ? pieces - 1 - i_piece : i_piece;
+      const int groups = piece < whole ? most : 1;
+      const int64_t g = share.g0 + (piece < whole ? piece * most : whole * most + piece - whole);
       tile.panel_x = task.packed.x + g * s.I * L::kColumns * kLanes<T>;
       tile.panel_h = task.packed.h + g * s.P * L::kColumns * kLanes<T>;
       const T* start = ahead ? task.ahead + ((g - share.g0) * tokens + in_chunk * wide) * kRowOut
@@ -171,8 +176,8 @@ struct ForwardLoop {
         tile.x = task.x + b;
         tile.h = task.h + b;
         tile.order = int(i);
-        sums_tile<L>(tile, rows, int(groups), sums);
-        finish_tile(g, int(groups), rows, params, task.rows + b, sums);
+        sums_tile<L>(tile, rows, groups, sums);
+        finish_tile(g, groups, rows, params, task.rows + b, sums);
         b += rows;
       }
     }

@@ -74,20 +74,28 @@ inline Plan plan_steps(const RecurrentShape& s, int64_t weights, int64_t all, in
   constexpr int64_t kWorthSharing = int64_t(1) << 18;
   if (threads <= 1 || all * s.tokens * s.D < kWorthSharing) return {false, 1, s.B};
   const int64_t each = ceil_div(threads, s.D);
+  // Several shares a thread, where they are large: whoever is done early takes another's.
+  constexpr int64_t kWorthTaking = int64_t(1) << 20;
+  const auto shares = [&](int64_t work, int64_t most) {
+    return max64(1, min64(min64(4, most / each), work / each / kWorthTaking));
+  };
   // Half of a 1 MiB second-level cache: beyond, every step would stream the weights from memory
   // once a thread.
   constexpr int64_t kCache = int64_t(512) << 10;
   // A share of a step smaller than this is over before two threads have met.
-  constexpr int64_t kWorthMeeting = int64_t(1) << 13;
+  constexpr int64_t kWorthMeeting = int64_t(1) << 14;
   const int64_t by_rows = min64(each, s.B);
   const bool fits = weights * bytes <= kCache;
   const bool balanced = by_rows == each && s.B >= 4 * by_rows;
   if ((!fits || !balanced) && weights * s.B >= kWorthMeeting * each && groups > 1 &&
       each * s.D <= Steps::kMaxShares) {
-    const int64_t chunk = ceil_div(groups, min64(each, groups));
+    const int64_t most = min64(groups, Steps::kMaxShares / s.D);
+    const int64_t chunk = ceil_div(groups, min64(each * shares(weights * s.B, most), groups));
     return {true, int(ceil_div(groups, chunk)), chunk};
   }
-  const int64_t chunk = ceil_div(s.B, max64(by_rows, 1));
+  // Fewer than eight rows a tile would wait for the weights.
+  const int64_t parts = by_rows * shares(all * s.tokens / 4, s.B / 8);
+  const int64_t chunk = ceil_div(s.B, max64(parts, 1));
   return {false, int(max64(1, ceil_div(s.B, max64(chunk, 1)))), max64(chunk, 1)};
 }
 
@@ -121,8 +129,10 @@ FASTSEQ_INLINE void run_steps(const Plan& plan, int64_t tasks, int64_t steps, in
                               const Threads& threads, const F& f) {
   if (plan.by_units) {
     Steps all(steps, int(tasks));
-    run_tasks(threads, tasks, [&](int64_t first) {
-      all.work(int(first), [&](int64_t step, int task) {
+    const int64_t workers = min64(threads.count, tasks);
+    run_tasks(threads, workers, [&](int64_t worker) {
+      const int64_t own = worker * tasks / workers, end = (worker + 1) * tasks / workers;
+      all.work(int(own), int(end - own), [&](int64_t step, int task) {
         if (phases == 1) {
           f(task, step, 0);
         } else {
@@ -132,7 +142,7 @@ FASTSEQ_INLINE void run_steps(const Plan& plan, int64_t tasks, int64_t steps, in
     });
     return;
   }
-  run_tasks(threads, tasks, [&](int64_t task) {
+  run_queue(threads, tasks, [&](int64_t task, int64_t) {
     for (int64_t step = 0; step < steps; ++step) {
       if (phases == 1) {
         f(task, step, 0);
@@ -147,13 +157,13 @@ FASTSEQ_INLINE void run_steps(const Plan& plan, int64_t tasks, int64_t steps, in
 // lines another core has just written are fetched from it.
 constexpr int64_t kOwnCopy = int64_t(64) << 10;
 
-// What the tile of this order should fetch: half of the panel after `panel`, or nothing new. Small
-// panels stay in the first-level cache as it is.
+// What the tile of this order should fetch: half of the panel `ahead` panels from `panel`, or
+// nothing new. Small panels stay in the first-level cache as it is.
 template <class T>
-FASTSEQ_INLINE const T* fetch_soon(const T* panel, int64_t panel_size, int order) {
+FASTSEQ_INLINE const T* fetch_soon(const T* panel, int64_t panel_size, int ahead, int order) {
   constexpr int64_t kStays = int64_t(8) << 10;
   return order < 2 && panel_size * int64_t(sizeof(T)) > kStays
-             ? panel + panel_size + order * (panel_size / 2)
+             ? panel + ahead * panel_size + order * (panel_size / 2)
              : nullptr;
 }
 

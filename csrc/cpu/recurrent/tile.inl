@@ -12,6 +12,7 @@ struct SumsTile {
   int64_t x_width;  // I, or 0 where `start` already holds the input product
   int64_t h_width;
   int order;  // of this tile among those that use the same panels
+  bool back;  // whether the group before is next
 };
 
 // Sums of Rows rows, in the panels [First, First + Panels) of a group (of several groups where
@@ -39,9 +40,10 @@ FASTSEQ_TILE void sums_of_panels(const SumsTile<T>& tile, T* out) {
   const int64_t stride_h = tile.h_width * L::kWide * kLanes<T>;
   const T* panel_x = tile.panel_x + First * stride_x;
   const T* panel_h = tile.panel_h + First * stride_h;
+  const int next = tile.back && First + Panels == L::kPanels ? 1 - 2 * L::kPanels : 1;
   if (tile.x_width) {
     multiply<T, Rows, L::kWide, Panels>(tile.x_width, RowsOfA<T>{tile.x}, panel_x, stride_x, acc,
-                                        fetch_soon(panel_x, stride_x, tile.order));
+                                        fetch_soon(panel_x, stride_x, next, tile.order));
   }
   if constexpr (L::kApart >= 0) {
 #pragma GCC unroll 12
@@ -56,7 +58,7 @@ FASTSEQ_TILE void sums_of_panels(const SumsTile<T>& tile, T* out) {
   }
   if (tile.h_width) {
     multiply<T, Rows, L::kWide, Panels>(tile.h_width, RowsOfA<T>{tile.h}, panel_h, stride_h, acc,
-                                        fetch_soon(panel_h, stride_h, tile.order));
+                                        fetch_soon(panel_h, stride_h, next, tile.order));
   }
 #pragma GCC unroll 12
   for (int m = 0; m < Rows; ++m) {
@@ -121,11 +123,12 @@ struct PanelProduct {
     return int(ceil_div(min64(kPanel<T>, N - p * kPanel<T>), kLanes<T>));
   }
 
-  // To `sums` [n][rows][vectors(p)][lanes]. Zero where `any` is false.
-  void sums(int64_t p, int n, int rows, const T* const* from, bool any, int order, T* out) const {
+  // To `sums` [n][rows][vectors(p)][lanes]. Zero where `any` is false; `back`: panel p - 1 is next.
+  void sums(int64_t p, int n, int rows, const T* const* from, bool any, int order, bool back,
+            T* out) const {
     const int64_t depth = any ? K : 0, stride = K * kPanel<T>;
     const T* panel = packed + p * stride;
-    const T* soon = fetch_soon(panel, stride, order);
+    const T* soon = fetch_soon(panel, stride, back ? -1 : 1, order);
     const int wide = vectors(p);
     with_const<kRows>(rows, [&](auto r) {
       constexpr int kN = decltype(r)::value;
@@ -154,7 +157,7 @@ struct PanelProduct {
       int64_t b = 0;
       for (int64_t i = 0; i < tiles; ++i) {
         const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
-        sums(p, n, rows, from + b, true, int(i), out);
+        sums(p, n, rows, from + b, true, int(i), false, out);
         for (int j = 0; j < n * wide; ++j) {
           const int64_t column = p * kPanel<T> + j * kLanes<T>;
           const int lanes = int(min64(kLanes<T>, N - column));

@@ -29,24 +29,44 @@ inline __attribute__((always_inline)) void run_tasks(const Threads& threads, int
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+// The same, handed out one by one to whoever is free: cores are not equally fast while others use
+// them too. f(task, worker): a worker, below both threads.count and `tasks`, does a task at a time.
+template <class F>
+inline __attribute__((always_inline)) void run_queue(const Threads& threads, int64_t tasks,
+                                                     const F& f) {
+  const int64_t workers = threads.count < tasks ? threads.count : tasks;
+  int64_t next = 0;
+  run_tasks(threads, workers, [&](int64_t worker) {
+    int64_t task;
+    while ((task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks) f(task, worker);
+  });
+}
+
 // Runs f(step, share) for every share of step 0, then of step 1, and so on: no share of a step
-// starts before the whole step before it has ended. A thread takes its own share, so that data
-// stays in its cache, and waits for the others; where that takes long, it takes any share nobody
-// has begun. So one thread alone finishes everything.
+// starts before the whole step before it has ended. A thread takes its own shares, so that data
+// stays in its cache, then any that nobody has begun, if shares are large or others take long. So
+// one thread alone finishes everything.
 class Steps {
  public:
   static constexpr int kMaxShares = 64;
   Steps(int64_t steps, int shares) : steps_(steps), shares_(shares) {}
 
+  // By the thread whose shares are [own, own + count).
   template <class F>
-  inline __attribute__((always_inline)) void work(int own, const F& f) {
+  inline __attribute__((always_inline)) void work(int own, int count, const F& f) {
     bool alone = false;
     for (int64_t step = begun(); step < steps_; ++step) {
-      take(step, own, f);
-      // A look at another's share moves cache lines between cores: not unless it pays.
+      // To and fro: what a share read last may still be in a near cache.
+      const bool back = step % 2;
+      for (int i = 0; i < count; ++i) take(step, back ? own + count - 1 - i : own + i, f);
+      // A look at another's share moves cache lines between cores: not unless it pays. First the
+      // one its owner comes to last.
+      for (int i = 0; i < shares_ - count && count > 1; ++i) {
+        take(step, (back ? own + count + i : own + shares_ - 1 - i) % shares_, f);
+      }
       while (!wait_for(step, alone ? 0 : kPatience)) {
         alone = false;
-        for (int i = 1; i < shares_; ++i) alone |= take(step, (own + i) % shares_, f);
+        for (int i = 0; i < shares_; ++i) alone |= take(step, (own + count + i) % shares_, f);
       }
     }
   }
