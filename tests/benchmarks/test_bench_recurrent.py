@@ -157,7 +157,7 @@ def test_what_a_cost_is_measured_against_is_checked_too(bench, monkeypatch, cell
     monkeypatch.setattr(bench, "verify", lambda m, tested: seen.append(tested.tokens))
     monkeypatch.setattr(bench, "measure", lambda m, *_: _row(bench, m))
     bench.measured([m], 0.01, False, bench.Console())
-    assert seen == ([40, 80] if variant == "half full" else [80, 8])
+    assert seen == ([41, 80] if variant == "half full" else [80, 8])
 
 
 @pytest.mark.parametrize(
