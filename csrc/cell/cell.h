@@ -32,6 +32,11 @@
 namespace fastseq {
 namespace cell {
 
+// Whether a cell's step needs all units of a row before it can finish any: such a cell has stages
+// in place of forward() and backward(), see layer_norm_lstm.h.
+template <class Cell>
+constexpr bool kNormalised = false;
+
 // Sums a unit: one a gate, and one more for a gate in two halves.
 template <class Cell>
 constexpr int kSums = Cell::kGates + (Cell::kApart >= 0 ? 1 : 0);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gru.h"
+#include "layer_norm_lstm.h"
 #include "lstm.h"
 #include "peephole_lstm.h"
 #include "rnn.h"
@@ -15,4 +16,5 @@
   X("rnn_relu", cell::RnnRelu)                 \
   X("peephole_lstm", cell::PeepholeLstm)       \
   X("zoneout_lstm", cell::Zoneout<cell::Lstm>) \
-  X("zoneout_gru", cell::Zoneout<cell::Gru>)
+  X("zoneout_gru", cell::Zoneout<cell::Gru>)   \
+  X("layer_norm_lstm", cell::LayerNormLstm)

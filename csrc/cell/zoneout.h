@@ -3,6 +3,8 @@
 //
 //   h = keep_h * h_prev + (1 - keep_h) * h_new      c likewise; h_new is made from the new c.
 //
+// Where h is projected, the loop mixes it after the projection; keep_h is zero here then.
+//
 // Source: Krueger et al. 2016, equations 2 to 4.
 #pragma once
 

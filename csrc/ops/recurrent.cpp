@@ -186,8 +186,8 @@ Call make_call(const char* op, int64_t cell, Tensor x, OptionalTensor h0, Option
               (c.per_direction == least || c.projected),
           "fastseq.", op, ": expected ", least, " weights a direction, or ", least + 1,
           " with a projection, got ", c.weights.size(), " for ", directions);
-  require(!c.projected || (c.cell.states == 2 && c.cell.masks == 0), "fastseq.", op,
-          ": expected no projection of a ", c.cell.name);
+  require(!c.projected || c.cell.states == 2, "fastseq.", op, ": expected no projection of a ",
+          c.cell.name);
   for (int which : {1, 5}) {
     const Tensor* w = c.weight(0, which);
     require(!w || w->dim() == 2, "fastseq.", op, ": expected w_hh and w_hr of two dimensions");
@@ -210,11 +210,13 @@ Call make_call(const char* op, int64_t cell, Tensor x, OptionalTensor h0, Option
   }
   require(int64_t(c.masks.size()) == c.cell.masks * s.D, "fastseq.", op, ": expected ",
           c.cell.masks * s.D, " masks, got ", c.masks.size());
-  for (Tensor& m : c.masks) {
+  for (size_t i = 0; i < c.masks.size(); ++i) {
+    Tensor& m = c.masks[i];
+    const int64_t width = i % size_t(c.cell.masks) == 0 ? s.P : s.H;
     if (c.packed()) {
-      check_tensor(op, "a mask", m, c.x, {s.tokens, s.H});
+      check_tensor(op, "a mask", m, c.x, {s.tokens, width});
     } else {
-      check_tensor(op, "a mask", m, c.x, {s.T, s.B, s.H});
+      check_tensor(op, "a mask", m, c.x, {s.T, s.B, width});
     }
     m = with_contiguous_rows(m);
   }

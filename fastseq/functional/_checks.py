@@ -49,6 +49,7 @@ def check(cell, input, hx, params, options: Options) -> Options:
     _check_dtypes(cell, input, hx, params, names)
     _check_shapes(cell, input, hx, params, names, num_layers, bidirectional, batch_first,
                   batch_sizes)  # fmt: skip
+    _check_steps(cell, input, batch_first, batch_sizes)
     if lengths is not None:
         _check_lengths(cell, lengths, input, batch_first, batch_sizes)
     if resets is not None:
@@ -171,6 +172,16 @@ def _check_shapes(cell, input, hx, params, names, num_layers, bidirectional, bat
         _states(hx).items(), ((p, P), ("H", H)), strict=False
     ):
         expect(name, f"[L*D, B, {symbol}]", [num_layers * D, batch, width], state)
+
+
+def _check_steps(cell, input, batch_first, batch_sizes):
+    # In torch's words and kind; a compiled graph takes what comes.
+    steps = input.shape[1 if batch_first else 0] if batch_sizes is None else len(batch_sizes)
+    if not torch.compiler.is_compiling() and steps == 0:
+        raise RuntimeError(
+            f"fastseq.{cell}: expected sequence length to be larger than 0 in RNN, got input of "
+            f"shape {list(input.shape)}"
+        )
 
 
 def _check_batch_sizes(cell, batch_sizes, rows):

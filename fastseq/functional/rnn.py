@@ -6,6 +6,7 @@ projects it), G gate blocks, L layers, D directions, N rows of a packed sequence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -224,9 +225,6 @@ def call(cell, input, hx, params, options):
     """:func:`lstm` and the others: checked, then by the kernel, torch or the reference."""
     options = check(cell, input, hx, params, options)
     obstacle = backends.recurrent_obstacle(cell, input, params)
-    sides = options.num_layers * (2 if options.bidirectional else 1)
-    if obstacle is None and options.zoneout != NO_ZONEOUT and len(params) // sides % 2:
-        obstacle = backends.refuse(cell, "no kernel for zoneout of a projected LSTM yet")
     plain = options.lengths is None and options.resets is None and options.zoneout == NO_ZONEOUT
     plain = plain and cell in _TORCH
     if obstacle is None and not (plain and backends.torch_is_faster(cell, input)):
@@ -326,6 +324,22 @@ def _zoneout_masks(cell, x, weights, directions, zoneout, train):
     return tuple(masks)
 
 
+def as_matrix(cell, weights, has_biases, directions):
+    """A cell's own weights as the op takes them: of each direction one matrix, H wide."""
+    kind = _reference.CELLS[cell]
+    if len(kind.extras) < 2:
+        return weights
+    per_side, H = len(weights) // directions, weights[0].shape[0] // kind.gates
+    first = 4 if has_biases else 2
+    matrices = []
+    for d in range(directions):
+        side = weights[d * per_side : (d + 1) * per_side]
+        own = zip(side[first:], kind.extras.values(), strict=False)
+        own = [w.reshape(math.prod(shape(1)), H) for w, shape in own]
+        matrices += [*side[:first], torch.cat(own), *side[first + len(kind.extras) :]]
+    return matrices
+
+
 def _layer_by_kernel(cell, x, states, weights, has_biases, directions, batch_sizes, lengths,
                      resets, masks, recompute):  # fmt: skip
     number = _op.CELLS[f"zoneout_{cell}" if masks else cell].number
@@ -333,6 +347,7 @@ def _layer_by_kernel(cell, x, states, weights, has_biases, directions, batch_siz
         number, has_biases, directions, batch_sizes, lengths, resets, masks, recompute
     )
     h0, c0 = (*states, None, None)[:2]
+    weights = as_matrix(cell, weights, has_biases, directions)
     if not torch.compiler.is_compiling():
         return _op.run(settings, x, h0, c0, weights)
     tensors = [t for t in (x, h0, c0, *weights) if t is not None]

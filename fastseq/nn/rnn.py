@@ -135,6 +135,10 @@ class _FastLayer:
         """Whether shapes and dtypes are as they should be; if not, torch has the words for it."""
         if x.dim() != (3 if batch_sizes is None else 2) or x.shape[-1] != self.input_size:
             return False
+        if not x.numel() and not torch.compiler.is_compiling():
+            steps = x.shape[1 if batch_first else 0] if batch_sizes is None else len(batch_sizes)
+            if steps == 0:
+                return False
         if hx is None:
             return True
         kind = CELLS[self.cell_name]
@@ -175,6 +179,12 @@ class LSTM(_FastLayer, torch.nn.LSTM):
     Constructor, parameters, initialisation, state_dict, shapes, errors and random streams are
     those of torch.nn.LSTM, of which this is a subclass. What no kernel serves (see
     :func:`fastseq.explain`) and whatever torch would refuse runs in torch's own code.
+
+    Precision: float32 is IEEE float32, at every setting of ``torch.set_float32_matmul_precision``
+    and ``torch.backends.mkldnn.rnn.fp32_precision``: these permit bfloat16 products where a machine
+    has instructions for them, and no kernel here uses any. In bfloat16, in float16 and under
+    autocast the kernels multiply, sum and carry states in float32; inputs are taken and results
+    given in the dtype torch's layer has.
 
     Args:
         zoneout: beyond torch's arguments: probability that an element of the states keeps its

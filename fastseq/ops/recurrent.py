@@ -5,9 +5,9 @@ autograd.
 ``cell`` is a number: ``CELLS[name].number``. x [T, B, I], or packed [N, I] with ``batch_sizes``
 [T]; h0 [D, B, P] and c0 [D, B, H], None for zeros unless packed; ``weights`` of each direction in
 turn: w_ih [G*H, I], w_hh [G*H, P], with ``has_biases`` b_ih and b_hh [G*H], the cell's own
-parameters [.., H], w_hr [P, H] where h is projected; gate blocks in torch's order. ``lengths`` [B],
-``resets`` [T, B] and ``masks`` (the zoneout of each direction, [T, B, H] each) as in
-:func:`fastseq.reference.rnn.layer`.
+parameters as one matrix [.., H], w_hr [P, H] where h is projected; gate blocks in torch's order.
+``lengths`` [B], ``resets`` [T, B] and ``masks`` (the zoneout of each direction, [T, B, P] of h and
+[T, B, H] of c) as in :func:`fastseq.reference.rnn.layer`.
 
 Forward returns [y, h_n, c_n (cells with two states), saved (with ``save``)]; backward returns
 [dx (need_dx), dh0, dc0 (need_dh0; cells with two states), then for each direction the gradients of
@@ -16,12 +16,14 @@ its weights, biases where need_db, all others where need_dw].
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastseq import _native
+from fastseq.reference.rnn import CELLS as _CELLS
 from fastseq.reference.rnn import layer
 
 __all__ = ["CELLS", "Settings", "recurrent_bwd", "recurrent_fwd", "run"]
@@ -208,12 +210,17 @@ def _backward_twice(ctx, inputs, cotangents):
     if kind.states == 2:
         initial.append(x.new_zeros(D, rows, H) if c0 is None else c0)
     sizes = None if settings.batch_sizes is None else settings.batch_sizes.tolist()
-    per = len(weights) // D
+    per, extras = len(weights) // D, _CELLS[kind.reference].extras
     sides = []
     for d in range(D):
         side = weights[d * per : (d + 1) * per]
         if not settings.has_biases:
             side[2:2] = [None, None]
+        if len(extras) > 1:
+            parts = side[4].split([math.prod(shape(1)) for shape in extras.values()])
+            side[4:5] = [
+                part.reshape(shape(H)) for part, shape in zip(parts, extras.values(), strict=True)
+            ]
         sides.append(
             layer(
                 kind.reference,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastseq import nn
-from fastseq.testing import assert_matches, edge_sizes
+from fastseq.testing import assert_close_to_reference, assert_matches, edge_sizes
 
 CELLS = {
     "lstm": (nn.LSTMCell, torch.nn.LSTMCell, {}),
@@ -51,7 +51,9 @@ def check(name, B, I, H, *, hx=True, bias=True, dtype=torch.float32):  # noqa: E
 
 
 @every_cell
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("B", [None, 0, 1, 5, 17])
 def test_values_and_gradients(name, B, dtype):
     for hx in (True, False):
@@ -75,11 +77,17 @@ def test_gradgradcheck(name):
 
 @every_cell
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_gives_torchs_dtype(name, dtype):
+def test_autocast_gives_torchs_dtype_and_answer(name, dtype):
     ours, theirs = twins(name, 4, 6)
+    x = torch.randn(3, 4)
+    exact = copy.deepcopy(theirs).double()(x.double())
     with torch.autocast("cpu", dtype=dtype):
-        pairs = zip(ours(torch.randn(3, 4)), theirs(torch.randn(3, 4)), strict=True)
-        assert all(a.dtype == b.dtype for a, b in pairs)
+        found, by_torch = ours(x), theirs(x)
+    triples = (found, exact, by_torch)
+    triples = zip(*triples, strict=True) if isinstance(found, tuple) else [triples]
+    for got, want, other in triples:
+        assert got.dtype == other.dtype
+        assert_close_to_reference(got, want, other)
 
 
 @every_cell

@@ -9,11 +9,17 @@ import pickle
 import pytest
 import torch
 from torch.nn.utils import parametrizations, prune
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from fastseq import functional
-from fastseq.testing import assert_close_to_reference, assert_matches, recurrent_case
+from fastseq import functional, nn
+from fastseq.testing import (
+    assert_close_to_reference,
+    assert_matches,
+    recurrent_case,
+    run_with_grads,
+)
 from tests.fuzz_recurrent import MODULES, TORCHS, yardstick
+from tests.nn.test_layers import CALLS, CONSTRUCTIONS, PACKED, S, X, outcome
 
 every_cell = pytest.mark.parametrize("cell", MODULES)
 TORCH_HAS = [cell for cell, cls in TORCHS.items() if cls is not None]
@@ -86,6 +92,25 @@ def test_torchs_class_seed_and_checkpoints(cell):
 
 
 @every_cell
+@pytest.mark.parametrize("switch", ["high", "medium", "bf16"])
+def test_float32_stays_ieee_at_every_switch(cell, switch):
+    case = recurrent_case(cell, 9, 8, 33, 40, num_layers=2, bidirectional=True)
+    run = (case.module(MODULES[cell]), case.inputs, case.cotangents)
+    expected = run_with_grads(*run, names=case.names)
+    before = torch.get_float32_matmul_precision(), torch.backends.mkldnn.rnn.fp32_precision
+    try:
+        if switch == "bf16":
+            torch.backends.mkldnn.rnn.fp32_precision = switch
+        else:
+            torch.set_float32_matmul_precision(switch)
+        found = run_with_grads(*run, names=case.names)
+    finally:
+        torch.backends.mkldnn.rnn.fp32_precision = before[1]
+        torch.set_float32_matmul_precision(before[0])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@every_cell
 def test_copies(cell):
     module, x = build(cell, 4, 6, 2), torch.randn(5, 3, 4)
     for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -130,10 +155,112 @@ def test_autocast_gives_torchs_dtypes(cell, dtype, packed):
         except RuntimeError as error:
             assert "primitive" in str(error)
             pytest.skip("torch has no such kernel on this machine")
-    a, b = (a.data, b.data) if packed else (a, b)
+    exact = copy.deepcopy(theirs).double()
+    c, _ = exact(x._replace(data=x.data.double()) if packed else x.double())
+    a, b, c = (t.data if packed else t for t in (a, b, c))
     assert a.dtype == b.dtype
+    assert_close_to_reference(a, c, b)
     s, t = (v if isinstance(v, tuple) else (v,) for v in (s, t))
     assert [v.dtype for v in s] == [v.dtype for v in t]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", [cell for cell in MODULES if cell not in TORCH_HAS])
+def test_autocast_of_what_torch_lacks(cell, dtype):
+    """No less exact than the reference under the same autocast; gradients in the weights' dtype."""
+    case = recurrent_case(cell, 5, 3, 4, 6, num_layers=2, bidirectional=True)
+    fns = case.module(MODULES[cell]), case.reference()
+    with torch.autocast("cpu", dtype=dtype):
+        found, by_torch = (fn(*case.inputs.values()) for fn in fns)
+    wide = case.to(torch.float64)
+    truth = wide.reference()(*wide.inputs.values())
+    found, by_torch = (found[0], *found[1]), (by_torch[0], *by_torch[1:])
+    for got, want, other in zip(found, truth, by_torch, strict=True):
+        assert_close_to_reference(got, want, other.to(got.dtype))
+    module = build(cell, 4, 6)
+    with torch.autocast("cpu", dtype=dtype):
+        module(case.inputs["x"])[0].sum().backward()
+    assert all(p.grad.dtype is torch.float32 for p in module.parameters())
+
+
+@every_cell
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(cell, dtype):
+    check(recurrent_case(cell, 5, 3, 4, 9, dtype=dtype, num_layers=2))
+    check(recurrent_case(cell, 5, 3, 4, 9, dtype=dtype, lengths=[2, 5, 1], hx=False).packed())
+
+
+def assert_refused_as_by_torch(cell, args, kwargs):
+    named = {"nonlinearity": cell[4:]} if cell.startswith("rnn_") else {}
+    modules = [cls(4, 6, **named) for cls in (MODULES[cell], TORCHS[cell])]
+    found, expected = (outcome(lambda m=module: m(*args, **kwargs)) for module in modules)
+    assert found[0] == expected[0]
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("cell", TORCH_HAS[1:])
+def test_call_errors_are_torchs(cell, name):
+    assert_refused_as_by_torch(cell, *CALLS[name])
+
+
+# With one state, hx is a tensor.
+ONE_STATE = {
+    "hx of other rows": ((X, S[:, :2]), {}),
+    "hx of other layers": ((X, torch.cat((S, S))), {}),
+    "hx of another width": ((X, S[..., :5]), {}),
+    "hx unbatched for a batch": ((X, S[:, 0]), {}),
+    "hx batched for no batch": ((X[:, 0], S), {}),
+    "hx of another dtype": ((X, S.double()), {}),
+    "hx a number": ((X, 1.0), {}),
+    "packed with wrong hx": ((PACKED, S[:, :2]), {}),
+    "packed with hx of another dtype": ((PACKED, S.double()), {}),
+    "no steps, packed, with hx": (
+        (PackedSequence(X[0, :0], torch.zeros(0, dtype=torch.int64)), S),
+        {},
+    ),
+    "fine": ((X, S), {}),
+    "fine, packed": ((PACKED, S), {}),
+}
+
+
+@pytest.mark.parametrize("name", ONE_STATE)
+@pytest.mark.parametrize("cell", TORCH_HAS[1:])
+def test_call_errors_about_one_state_are_torchs(cell, name):
+    assert_refused_as_by_torch(cell, *ONE_STATE[name])
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+@pytest.mark.parametrize("cls", ["GRU", "RNN"])
+def test_constructor_errors_and_warnings_are_torchs(cls, name):
+    args, kwargs = CONSTRUCTIONS[name]
+    ours, theirs = getattr(nn, cls), getattr(torch.nn, cls)
+    assert outcome(lambda: ours(*args, **kwargs)) == outcome(lambda: theirs(*args, **kwargs))
+
+
+OWN = [cell for cell in MODULES if cell not in TORCH_HAS]
+OWN_ERRORS = {
+    "input of one dimension": ((X[0, 0],), {}),
+    "input of another width": ((X[..., :3],), {}),
+    "input of another dtype": ((X.double(),), {}),
+    "input not a tensor": (([1.0],), {}),
+    "no steps": ((X[:0],), {}),
+    "hx a tensor": ((X, S), {}),
+    "hx of three": ((X, (S, S, S)), {}),
+    "c0 of other rows": ((X, (S, S[:, :2])), {}),
+    "hx unbatched for a batch": ((X, (S[:, 0], S[:, 0])), {}),
+    "hx batched for no batch": ((X[:, 0], (S, S)), {}),
+    "packed with wrong hx": ((PACKED, (S[:, :2], S)), {}),
+    "lengths beyond T": ((X,), {"lengths": torch.tensor([6, 1, 1])}),
+    "resets of rows first": ((X,), {"resets": torch.zeros(3, 5, dtype=torch.bool)}),
+}
+
+
+@pytest.mark.parametrize("name", OWN_ERRORS)
+@pytest.mark.parametrize("cell", OWN)
+def test_own_layers_say_what_is_wrong(cell, name):
+    args, kwargs = OWN_ERRORS[name]
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=rf"fastseq\.{cell}: expected"):
+        build(cell, 4, 6)(*args, **kwargs)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])

@@ -294,16 +294,6 @@ def test_no_rows(batch_first, hx):
     check(lstm_case(3, 0, 4, 6, batch_first=batch_first, bidirectional=True, hx=hx))
 
 
-@pytest.mark.parametrize("B", [0, 3])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_no_steps_hand_the_state_through(B, batch_first):
-    """Beyond torch, which refuses T = 0."""
-    case = lstm_case(0, B, 4, 6, batch_first=batch_first, num_layers=2, bidirectional=True)
-    y, (h_n, c_n) = case.module(nn.LSTM)(*case.inputs.values())
-    assert y.shape == ((B, 0, 12) if batch_first else (0, B, 12))
-    assert torch.equal(h_n, case.inputs["h0"]) and torch.equal(c_n, case.inputs["c0"])
-
-
 def outcome(call) -> tuple:
     """The exception a call raises, as type and text, and the warnings it gave."""
     with warnings.catch_warnings(record=True) as caught:
@@ -377,6 +367,10 @@ CALLS = {
     "packed of another width": ((pack_padded_sequence(X[..., :3], [5, 4, 2]),), {}),
     "packed with wrong hx": ((PACKED, (S[:, :2], S)), {}),
     "packed of another dtype": ((PACKED.double(),), {}),
+    "no steps": ((X[:0],), {}),
+    "no steps, no rows": ((X[:0, :0],), {}),
+    "no steps, unbatched": ((X[:0, 0],), {}),
+    "no steps, packed": ((PackedSequence(X[0, :0], torch.zeros(0, dtype=torch.int64)),), {}),
     "unknown keyword": ((X,), {"length": None}),
     "hx by keyword": ((), {"input": X, "hx": (S, S)}),
 }

@@ -17,10 +17,14 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
                              {},
                              {},
                              nullptr,
+                             nullptr,
                              nullptr};
   const PanelProduct<T> by_hh{gates, s.P, nullptr}, by_hr{s.P, s.H, nullptr};
   const int64_t panels = by_hh.panels(), hr_panels = projected ? by_hr.panels() : 0;
-  const Plan plan = plan_steps(s, gates * s.P, gates * s.P, panels, sizeof(T), threads.count);
+  constexpr bool kByRow = cell::kNormalised<Cell>;
+  const Plan plan = kByRow
+                        ? plan_normalised(s, gates * s.P, threads.count)
+                        : plan_steps(s, gates * s.P, gates * s.P, panels, sizeof(T), threads.count);
   const int64_t tasks = plan.tasks * s.D;
   const int64_t task_rows = plan.by_units ? s.B : min64(plan.chunk, s.B);
   const bool own =
@@ -32,6 +36,7 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
   T* zero = nullptr;
   const T** pointers = nullptr;
   const int64_t zeros = max64(gates, max64(s.H, s.P));
+  const int64_t over_time = s.D * s.B * kOverTime<Cell> * s.H;
   const int64_t hh_size = ceil_div(s.P, kLanes<T>) * kLanes<T> * gates;
   const int64_t hr_size = projected ? ceil_div(s.H, kLanes<T>) * kLanes<T> * s.P : 0;
   auto lay_out = [&](auto& memory) {
@@ -39,13 +44,15 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
     packed_hh = memory.template take<T>(size_t((own ? tasks : s.D) * hh_size));
     packed_hr = memory.template take<T>(size_t(s.D * hr_size));
     zero = memory.template take<T>(size_t(zeros));
-    loop.carry = Cell::kCarriesH ? memory.template take<T>(size_t(s.D * s.B * s.H)) : nullptr;
+    loop.carry = Cell::kCarriesH ? memory.template take<T>(size_t(s.D * s.B * s.P)) : nullptr;
     for (int d = 0; d < s.D; ++d) {
       const bool hidden = projected || (Cell::kSavedH < 0 && want_weights);
       loop.dsums[d] = memory.template take<T>(size_t(s.tokens * loop.dsums_row));
       loop.hidden[d] = hidden ? memory.template take<T>(size_t(s.tokens * s.H)) : nullptr;
-      loop.dh[d] = projected ? memory.template take<T>(size_t(s.tokens * s.P)) : nullptr;
+      loop.dh[d] = loop.in_two_phases() ? memory.template take<T>(size_t(s.tokens * s.P)) : nullptr;
     }
+    const bool sums = kByRow && (want_weights || a.db_ih[0]);
+    loop.over_time = sums ? memory.template take<T>(size_t(over_time)) : nullptr;
     for (int64_t i = 0; i < tasks; ++i) {
       BackwardTask<T> one{};
       one.share = share_of(plan, s, i, panels, hr_panels);
@@ -53,6 +60,8 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
       one.hr = {s.P, s.H, packed_hr + (i % s.D) * hr_size};
       one.rows = memory.template take<BackwardRow<T>>(size_t(task_rows));
       one.from = memory.template take<const T*>(size_t(task_rows));
+      const int64_t scratch_rows = kByRow ? 2 + (projected ? task_rows : 0) : 0;
+      one.row_scratch = memory.template take<T>(size_t(scratch_rows * s.H));
       if (task) task[i] = one;
     }
     pointers = memory.template take<const T*>(size_t(deferred_pointers(s, gates)));
@@ -63,6 +72,7 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
   lay_out(scratch);
   for (int64_t i = 0; i < zeros; ++i) zero[i] = 0;
   loop.zero = zero;
+  for (int64_t i = 0; loop.over_time && i < over_time; ++i) loop.over_time[i] = 0;
 
   const int64_t pieces = panels + hr_panels;
   auto pack = [&](int64_t copy, int64_t piece) {
@@ -84,13 +94,15 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
     for (int64_t i = 0; i < s.D * s.B * s.H; ++i) a.dc0[i] = a.dc_n ? a.dc_n[i] : T(0);
   }
 
-  const int phases = projected ? 2 : 1;
+  const int phases = loop.in_two_phases() ? 2 : 1;
   // The step before the first, for dL/dh0, has no cells.
   const int64_t steps = s.T * phases + (a.dh0 ? 1 : 0);
   run_steps(plan, tasks, steps, phases, threads, [&](int64_t i, int64_t step, int phase) {
     for (int64_t piece = 0; own && step == 0 && piece < pieces; ++piece) pack(i, piece);
     if (phase == 0) {
       loop.by_hh(step, task[i]);
+    } else if constexpr (kByRow) {
+      normalised_step(loop, step, task[i]);
     } else {
       loop.by_hr(step, task[i]);
     }

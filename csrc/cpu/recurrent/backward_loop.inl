@@ -2,16 +2,18 @@
 // gradients are products over the whole sequence afterwards (deferred.inl).
 
 // Where the gradients of a cell's sums lie in a token's row [blocks][H]: in order, but the input
-// half of a gate in two halves first, so that those of x and those of h are each side by side.
+// half of a gate in two halves first, so that those of x and those of h are each side by side. Of a
+// normalised cell all gates are in two halves.
 template <class Cell>
 struct GradientRow {
   using L = LayoutOf<Cell>;
-  static constexpr int kBlocks = L::kSums + Cell::kParams;
+  static constexpr bool kHalves = cell::kNormalised<Cell>;
+  static constexpr int kBlocks = kHalves ? 2 * L::kGates : L::kSums + Cell::kParams;
   static constexpr int block(int sum) {
     return L::kApart < 0 ? sum : sum == L::kApart ? 0 : sum < L::kApart ? sum + 1 : sum;
   }
   // First block of the recurrent sums; those of x begin at 0.
-  static constexpr int kRecurrent = L::kApart < 0 ? 0 : 1;
+  static constexpr int kRecurrent = kHalves ? L::kGates : L::kApart < 0 ? 0 : 1;
   // The gate whose input sum is block i.
   static constexpr int gate(int i) { return L::kApart < 0 ? i : i == 0 ? L::kApart : i - 1; }
 };
@@ -29,8 +31,9 @@ struct BackwardRow {
   const T* carry;  // dL/dh other than by W_hh
   T* carry_out;
   const T* masks[kMostMasks];
-  T* dsums;   // the token's gradient row
-  T* hidden;  // h made again, or null
+  const T* keep;  // where zoneout follows a projection: the mask of h
+  T* dsums;       // the token's gradient row
+  T* hidden;      // h made again, or null
 };
 
 template <class T>
@@ -40,6 +43,7 @@ struct BackwardTask {
   PanelProduct<T> hr;  // by W_hr
   BackwardRow<T>* rows;
   const T** from;  // gradient row of the later step, of each row
+  T* row_scratch;  // of a normalised cell: [2][H], and [rows][H] where h is projected
 };
 
 template <class Cell, class T>
@@ -52,12 +56,15 @@ struct BackwardLoop {
   int64_t dsums_row;  // elements from one token's gradient row to the next
   T* dsums[2];        // [tokens, dsums_row]
   T* hidden[2];  // [tokens, H]: what was multiplied by W_hr, or h where `saved` has it not; or null
-  T* dh[2];      // [tokens, P]: dL/dh of all paths, where h is projected
-  T* carry;      // [D, B, H] or null
+  T* dh[2];      // [tokens, P]: dL/dh of all paths, where the cells come in a phase of their own
+  T* over_time;  // of a normalised cell: [D, B][kOverTime][H] by sequence, or null
+  T* carry;      // [D, B, P] or null
   const T* zero;
 
   Walk walk(int d) const { return {a.shape, d == 1}; }
   bool projected() const { return a.weights[0].w_hr != nullptr; }
+  // Whether the cells follow in a phase of their own, by_hr() or normalised_step().
+  bool in_two_phases() const { return cell::kNormalised<Cell> || projected(); }
 
   // h of step t, row b, as the forward pass had it.
   const T* h_of(int d, int64_t t, int64_t b) const {
@@ -96,7 +103,7 @@ struct BackwardLoop {
       const bool ends = last && !w.cut_at_end(a.resets, b);
       row.dh_n = ends && a.dh_n ? a.dh_n + state * s.P : nullptr;
       if (carry) {
-        row.carry_out = carry + state * s.H;
+        row.carry_out = carry + state * s.P;
         row.carry = flows ? row.carry_out : zero;
       }
       if constexpr (Cell::kStates == 2) {
@@ -119,6 +126,12 @@ struct BackwardLoop {
                             : zero;
       }
       for (int k = 0; k < Cell::kMasks; ++k) row.masks[k] = a.masks[d][k].at(s, t, b);
+      if constexpr (Cell::kMasks > 0) {
+        if (projected()) {
+          row.keep = row.masks[0];
+          row.h_prev = row.masks[0] = zero;
+        }
+      }
     }
     return count;
   }
@@ -135,6 +148,11 @@ struct BackwardLoop {
   template <class V>
   FASTSEQ_INLINE void finish(const BackwardRow<T>& r, const BackwardRow<T>& q, int64_t unit,
                              int64_t across, const T* params, V dh) {
+    if constexpr (!cell::kNormalised<Cell>) finish_cell(r, q, unit, across, params, dh);
+  }
+  template <class V>
+  FASTSEQ_INLINE void finish_cell(const BackwardRow<T>& r, const BackwardRow<T>& q, int64_t unit,
+                                  int64_t across, const T* params, V dh) {
     const int64_t H = a.shape.H, unit_q = unit + across;
     const int lanes = int(min64(kLanes<T>, H - unit));
     V saved[Cell::kSaved], c_prev{}, h_prev{}, dc{}, carried{}, h{};
@@ -143,7 +161,8 @@ struct BackwardLoop {
     for (int i = 0; i < Cell::kSaved; ++i) {
       load_pair(saved[i], r.saved + i * H + unit, q.saved + i * H + unit_q, lanes);
     }
-    if constexpr (Cell::kCarriesH) {
+    const bool carries = Cell::kCarriesH && !projected();
+    if (carries) {
       load_pair(carried, r.carry + unit, q.carry + unit_q, lanes);
       dh = dh + carried;
     }
@@ -160,7 +179,7 @@ struct BackwardLoop {
     }
     Cell::backward(saved, h_prev, c_prev, param, mask, dh, dc, carried, dz, dparam, h);
     if constexpr (Cell::kStates == 2) store_pair(r.dc_out + unit, q.dc_out + unit_q, dc, lanes);
-    if constexpr (Cell::kCarriesH) {
+    if (carries) {
       store_pair(r.carry_out + unit, q.carry_out + unit_q, carried, lanes);
     }
 #pragma GCC unroll 4
@@ -232,7 +251,7 @@ struct BackwardLoop {
           return sums + (((j / wide) * rows + m) * wide + j % wide) * kLanes<T>;
         };
         const BackwardRow<T>* row = task.rows + b;
-        if (!initial && !projected()) {
+        if (!initial && !in_two_phases()) {
           finish_tile(row, rows, unit, int(n) * wide, a.weights[d].params, true, sum);
         } else {
           for (int j = 0; j < int(n) * wide; ++j) {
@@ -243,8 +262,9 @@ struct BackwardLoop {
               if (initial) {
                 store_initial(row[m], d, at, column, lanes, load(sum(m, j)));
               } else {
-                store(dh[d] + (s.first[t] + at) * s.P + column,
-                      add_paths(row[m], column, lanes, load(sum(m, j))), lanes);
+                Vec<T> all = add_paths(row[m], column, lanes, load(sum(m, j)));
+                if constexpr (Cell::kMasks > 0) all = keep_part(row[m], column, lanes, all);
+                store(dh[d] + (s.first[t] + at) * s.P + column, all, lanes);
               }
             }
           }
@@ -252,6 +272,14 @@ struct BackwardLoop {
         b += rows;
       }
     }
+  }
+
+  // Zoneout after a projection: of dL/dh, what the step before gets at once; returns the rest.
+  FASTSEQ_INLINE Vec<T> keep_part(const BackwardRow<T>& row, int64_t unit, int lanes, Vec<T> dh) {
+    const Vec<T> keep = load(row.keep + unit, lanes);
+    dh += load(row.carry + unit, lanes);
+    store(row.carry_out + unit, keep * dh, lanes);
+    return (T(1) - keep) * dh;
   }
 
   FASTSEQ_INLINE void store_initial(const BackwardRow<T>& row, int d, int64_t b, int64_t unit,

@@ -112,6 +112,10 @@ struct Deferred {
     const int64_t vectors = ceil_div(s.H, kLanes<T>), each = ceil_div(vectors, parts);
     const int64_t u0 = min64(part * each * kLanes<T>, s.H);
     const int64_t u1 = min64(u0 + each * kLanes<T>, s.H);
+    if constexpr (cell::kNormalised<Cell>) {
+      over_sequences(d, u0, u1);
+      return;
+    }
     auto sum = [&](int block, T* out) {
       column_sums(loop.dsums[d] + block * s.H, s.tokens, u0, u1, loop.dsums_row, out);
     };
@@ -126,6 +130,23 @@ struct Deferred {
     }
     for (int i = 0; i < Cell::kParams && a.dparams[d]; ++i) {
       sum(cell::kSums<Cell> + i, a.dparams[d] + i * s.H);
+    }
+  }
+
+  // The same where the loop has summed over time already.
+  void over_sequences(int d, int64_t u0, int64_t u1) const {
+    const RecurrentBackward<T>& a = loop.a;
+    const int64_t row = kOverTime<Cell> * s.H;
+    if (!loop.over_time) return;
+    for (int i = 0; i < kOverTime<Cell>; ++i) {
+      const T* sums = loop.over_time + d * s.B * row + i * s.H;
+      T* dparams = a.dparams[d] ? a.dparams[d] + i * s.H : nullptr;
+      T* db = a.db_ih[d] ? a.db_ih[d] + (i - Cell::kParams) * s.H : nullptr;
+      T* out = i < Cell::kParams ? dparams : db;
+      if (!out) continue;
+      column_sums(sums, s.B, u0, u1, row, out);
+      for (int64_t u = u0; out == db && u < u1; ++u)
+        a.db_hh[d][(i - Cell::kParams) * s.H + u] = db[u];
     }
   }
 };

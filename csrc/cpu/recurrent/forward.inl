@@ -13,6 +13,9 @@ struct ForwardRow {
   T* y;
   T* saved;  // or null
   const T* masks[kMostMasks];
+  // Where zoneout follows a projection: the h kept from, and its mask.
+  const T* kept_h;
+  const T* keep;
 };
 
 // One task: its share of the work, and its memory.
@@ -104,6 +107,14 @@ struct ForwardLoop {
         row.masks[i_mask] = a.masks[share.d][i_mask].at(s, t, b);
       }
       task.h[i] = row.h;
+      if constexpr (Cell::kMasks > 0) {
+        // The cell itself keeps nothing of h then.
+        if (unprojected) {
+          row.kept_h = row.h;
+          row.keep = row.masks[0];
+          row.h = row.masks[0] = zero;
+        }
+      }
       if (!ahead) task.x[i] = a.x.at(s, t, b);
     }
     return count;
@@ -214,14 +225,34 @@ struct ForwardLoop {
     const int64_t count = max64(min64(share.b1, s.rows[t]) - share.b0, 0);
     for (int64_t i = 0; i < count; ++i) task.h[i] = task.rows[i].out;
     const PanelProduct<T> product{s.H, s.P, task.packed.hr};
-    product.each(share.p0, share.p1, count, task.h,
-                 [&](int64_t i, int64_t column, Vec<T> h, int lanes) {
-                   const ForwardRow<T>& row = task.rows[i];
-                   store(row.y + column, h, lanes);
-                   if (row.saved) store(row.saved + Cell::kSaved * s.H + column, h, lanes);
-                 });
+    product.each(
+        share.p0, share.p1, count, task.h, [&](int64_t i, int64_t column, Vec<T> h, int lanes) {
+          const ForwardRow<T>& row = task.rows[i];
+          if constexpr (Cell::kMasks > 0) {
+            h = Cell::mix(load(row.keep + column, lanes), load(row.kept_h + column, lanes), h);
+          }
+          store(row.y + column, h, lanes);
+          if (row.saved) store(row.saved + Cell::kSaved * s.H + column, h, lanes);
+        });
   }
 };
+
+// h_n, and zeros for the states that a reset cuts off.
+template <class T>
+void final_states(const RecurrentForward<T>& a, const T* zero) {
+  const RecurrentShape& s = a.shape;
+  for (int d = 0; d < s.D; ++d) {
+    const Walk walk{s, d == 1};
+    for (int64_t b = 0; b < s.B; ++b) {
+      const int64_t last = walk.last(b), state = d * s.B + s.sequence(b);
+      const bool cut = walk.cut_at_end(a.resets, b);
+      const T* initial = a.h0 ? a.h0 + state * s.P : zero;
+      const T* from = cut ? zero : last >= 0 ? a.y.at(s, last, b) + d * s.P : initial;
+      for (int64_t u = 0; u < s.P; ++u) a.h_n[state * s.P + u] = from[u];
+      for (int64_t u = 0; u < s.H && cut && a.c_n; ++u) a.c_n[state * s.H + u] = 0;
+    }
+  }
+}
 
 template <class Cell, class T>
 void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
@@ -324,14 +355,5 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
     loop.cells(step, in_chunk, mine);
   });
 
-  for (int d = 0; d < s.D; ++d) {
-    const Walk walk{s, d == 1};
-    for (int64_t b = 0; b < s.B; ++b) {
-      const int64_t last = walk.last(b), state = d * s.B + s.sequence(b);
-      const bool cut = walk.cut_at_end(a.resets, b);
-      const T* from = cut ? zero : last >= 0 ? a.y.at(s, last, b) + d * s.P : loop.initial_h(d, b);
-      for (int64_t u = 0; u < s.P; ++u) a.h_n[state * s.P + u] = from[u];
-      for (int64_t u = 0; u < s.H && cut && a.c_n; ++u) a.c_n[state * s.H + u] = 0;
-    }
-  }
+  final_states(a, zero);
 }

@@ -85,6 +85,10 @@ void pack_rows(const T* w, int64_t N, int64_t K, int64_t panel, T* out) {
   const int64_t column = panel * kPanel<T>;
   const int cols = int(min64(kPanel<T>, N - column));
   const int width = int(ceil_div(cols, kLanes<T>)) * kLanes<T>;
+  if (width == kPanel<T>) {
+    pack_group<Layout<1, -1>>(w, N, K, panel, out);
+    return;
+  }
   for (int64_t k = 0; k < K; ++k) {
     for (int n = 0; n < width; ++n) out[k * width + n] = n < cols ? w[(column + n) * K + k] : T(0);
   }

@@ -17,13 +17,26 @@ namespace {
 
 #include "forward.inl"
 
+#include "normalised.inl"
+
 #include "backward_loop.inl"
+
+#include "normalised_backward.inl"
 
 #include "deferred.inl"
 
 #include "backward.inl"
 
-#define FASTSEQ_ENTRY(name, Cell) {recurrent_forward<Cell, T>, recurrent_backward<Cell, T>},
+template <class Cell, class T>
+void forward(const RecurrentForward<T>& a, const Threads& threads) {
+  if constexpr (cell::kNormalised<Cell>) {
+    normalised_forward<Cell>(a, threads);
+  } else {
+    recurrent_forward<Cell>(a, threads);
+  }
+}
+
+#define FASTSEQ_ENTRY(name, Cell) {forward<Cell, T>, recurrent_backward<Cell, T>},
 template <class T>
 const RecurrentFunctions<T> kRecurrent[] = {FASTSEQ_CELLS(FASTSEQ_ENTRY)};
 #undef FASTSEQ_ENTRY

@@ -59,7 +59,7 @@ struct RecurrentInputs {
   RecurrentShape shape;
   TokenRows<const T> x;             // I wide
   TokenRows<const uint8_t> resets;  // where not 0, the state that enters the step is zero; or null
-  TokenRows<const T> masks[2][kMostMasks];  // [direction][the cell's kMasks], H wide
+  TokenRows<const T> masks[2][kMostMasks];  // [direction][the cell's kMasks]: P, H wide
   RecurrentWeights<T> weights[2];
   const T* h0;  // [D, B, P] by sequence, or null: zero
   const T* c0;  // [D, B, H] or null: zero, or no such state

@@ -92,9 +92,9 @@ FASTSEQ_INLINE void sums_tile(const SumsTile<T>& tile, int rows, int groups, T* 
 // Rows of A, K wide, by `Panels` panels of columns, to `out` [Panels][Rows][Vectors][lanes].
 template <class T, int Rows, int Vectors, int Panels>
 FASTSEQ_TILE void rows_times_panels(int64_t K, const T* const* rows, const T* panel,
-                                    int64_t panel_stride, const T* soon, T* out) {
+                                    int64_t panel_stride, const T* soon, int64_t chain, T* out) {
   Vec<T> acc[Rows][Panels * Vectors] = {};
-  multiply<T, Rows, Vectors, Panels>(K, RowsOfA<T>{rows}, panel, panel_stride, acc, soon);
+  multiply<T, Rows, Vectors, Panels>(K, RowsOfA<T>{rows}, panel, panel_stride, acc, soon, chain);
 #pragma GCC unroll 12
   for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 12
@@ -109,6 +109,7 @@ template <class T>
 struct PanelProduct {
   int64_t K, N;
   const T* packed;
+  int64_t chain = kChain;
 
   int64_t panels() const { return ceil_div(N, kPanel<T>); }
 
@@ -134,13 +135,14 @@ struct PanelProduct {
       constexpr int kN = decltype(r)::value;
       constexpr int kTwo = 2 * kN <= kRows ? 2 : 1, kFour = kN == 1 ? 4 : kTwo;
       if (n == 4) {
-        rows_times_panels<T, kN, kPanelVectors, kFour>(depth, from, panel, stride, soon, out);
+        rows_times_panels<T, kN, kPanelVectors, kFour>(depth, from, panel, stride, soon, chain,
+                                                       out);
       } else if (n == 2) {
-        rows_times_panels<T, kN, kPanelVectors, kTwo>(depth, from, panel, stride, soon, out);
+        rows_times_panels<T, kN, kPanelVectors, kTwo>(depth, from, panel, stride, soon, chain, out);
       } else if (wide == kPanelVectors) {
-        rows_times_panels<T, kN, kPanelVectors, 1>(depth, from, panel, stride, soon, out);
+        rows_times_panels<T, kN, kPanelVectors, 1>(depth, from, panel, stride, soon, chain, out);
       } else {
-        rows_times_panels<T, kN, 1, 1>(depth, from, panel, stride, soon, out);
+        rows_times_panels<T, kN, 1, 1>(depth, from, panel, stride, soon, chain, out);
       }
     });
   }

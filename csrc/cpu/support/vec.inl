@@ -237,7 +237,8 @@ FASTSEQ_INLINE Vec<T> sigmoid_of(Vec<T> x) {
   using C = ExpConstants<T>;
   const Exp<T> e = exp_parts<T>(clamp(-x, C::min, C::max));
   // (e^r - 1 + 1) 2^n and not e^r - 1 times 2^n, plus 2^n: where 2^n is infinite, so is the former.
-  return reciprocal(T(1) + (e.expm1 + T(1)) * e.power);
+  // Zero where it would be subnormal: at -inf it must be, or inf times it were no NaN.
+  return x <= -C::max ? Vec<T>{} : reciprocal(T(1) + (e.expm1 + T(1)) * e.power);
 }
 
 // By e^2x - 1, which keeps the relative error small near zero, over the same plus 2; what the sum
