@@ -89,7 +89,6 @@ def torch_is_faster(cell: str, x: Tensor, one_step: bool = False) -> str | None:
     if torch.compiler.is_compiling() or _forced.get() == "cpu":
         return None
     # Measured, benchmarks/results/recurrent_cpu.csv: oneDNN uses bfloat16 instructions.
-    # (It refuses sequences of no steps.)
     if cell == "lstm" and x.dtype is torch.bfloat16 and not one_step and x.numel():
         return "torch's LSTM is faster in bfloat16"
     # A step packs the weights anew: for few rows that costs more than the step.
@@ -147,12 +146,18 @@ def autocast_dtype(cell: str, x: Tensor, batch_sizes: Tensor | None) -> torch.dt
 
 
 def recurrent_explanation(
-    cell: str, x: Tensor, params: Sequence[Tensor], one_step: bool = False
+    cell: str,
+    x: Tensor,
+    params: Sequence[Tensor],
+    one_step: bool = False,
+    plain: bool = True,
 ) -> Explanation:
-    """What :func:`recurrent_obstacle` and :func:`torch_is_faster` find, in words."""
+    """What :func:`recurrent_obstacle` and, of a call torch could run (``plain``: without lengths,
+    resets or zoneout), :func:`torch_is_faster` find, in words."""
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
     obstacle = obstacle or _recurrent_obstacle(cell, x, params, False)
-    obstacle = obstacle or torch_is_faster(cell, x, one_step)
+    if plain:
+        obstacle = obstacle or torch_is_faster(cell, x, one_step)
     if obstacle is not None:
         return Explanation(cell, "torch", obstacle)
     return Explanation(cell, "cpu", f"the {_native.isa()} kernel ({_native.isa_reason()})")

@@ -53,7 +53,7 @@ def explain(target: Callable | torch.nn.Module, *args, **kwargs) -> Explanation:
     )
 
 
-def _explain_module(module, input=None, hx=None, **keywords) -> Explanation:
+def _explain_module(module, input=None, hx=None, lengths=None, resets=None) -> Explanation:
     weights = [w for w in module._weights_now() or () if w is not None]
     x = input.data if isinstance(input, PackedSequence) else input
     return backends.recurrent_explanation(
@@ -61,8 +61,12 @@ def _explain_module(module, input=None, hx=None, **keywords) -> Explanation:
         x if isinstance(x, Tensor) else weights[0],
         weights,
         one_step=isinstance(module, _FastCell),
+        plain=lengths is None and resets is None and not any(getattr(module, "zoneout", ())),
     )
 
 
 def _explain_function(name, input, hx=None, params=(), *args, **kwargs) -> Explanation:
-    return backends.recurrent_explanation(name, input, params)
+    zoneout = kwargs.get("zoneout", 0.0)
+    plain = kwargs.get("lengths") is None and kwargs.get("resets") is None
+    plain = plain and not any(zoneout if isinstance(zoneout, (tuple, list)) else (zoneout,))
+    return backends.recurrent_explanation(name, input, params, plain=plain)

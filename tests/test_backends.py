@@ -58,6 +58,26 @@ def test_explain_of_a_function():
     assert explanation.backend == "cpu" and "layer_norm_lstm" in str(explanation)
 
 
+BEYOND_TORCH = [dict(lengths=torch.tensor([5, 1, 0])), dict(resets=torch.zeros(5, 3).bool())]
+
+
+@native
+@pytest.mark.parametrize("proj_size", [0, 3])
+def test_explain_of_what_torch_could_not_run(proj_size):
+    """torch's bfloat16 LSTM is faster, but knows none of these."""
+    module, x = lstm_and_input(torch.bfloat16, proj_size=proj_size)
+    weights = list(module.parameters())
+    for more in (*BEYOND_TORCH, dict(zoneout=0.1), dict(zoneout=(0.0, 0.1))):
+        assert fastseq.explain(functional.lstm, x, None, weights, **more).backend == "cpu"
+        with fastseq.use_backend("cpu"):
+            functional.lstm(x, None, weights, **more)
+    for more in BEYOND_TORCH:
+        assert fastseq.explain(module, x, **more).backend == "cpu"
+    zoned, _ = lstm_and_input(torch.bfloat16, proj_size=proj_size, zoneout=0.2)
+    assert fastseq.explain(zoned, x).backend == "cpu"
+    assert fastseq.explain(module, x).backend == "torch"
+
+
 @native
 def test_explain_under_autocast():
     module, x = lstm_and_input()

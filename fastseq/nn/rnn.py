@@ -92,13 +92,13 @@ class _FastLayer:
             self.recompute,
             self.zoneout,
         )
+        run = call
         if serves and not more:
             obstacle = backends.recurrent_obstacle(cell, x, weights)
             if self._is_torchs and (obstacle or backends.torch_is_faster(cell, x)):
                 return super().forward(input, hx)
-            output, *state = stack(cell, x, state, weights, options, kernel=obstacle is None)
-        else:
-            output, *state = call(cell, x, state, weights, options)
+            run = call if obstacle else stack
+        output, *state = run(cell, x, state, weights, options)
         if unbatched:
             output, state = output.squeeze(1), [s.squeeze(1) for s in state]
         state = state[0] if len(state) == 1 else tuple(state)

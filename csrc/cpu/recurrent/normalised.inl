@@ -19,8 +19,8 @@ struct Moments {
   FASTSEQ_INLINE Vec<T> normalise(Vec<T> v) const { return (v - mean) * scale; }
 };
 
-// f(vector) summed over a row of n elements; f is given lanes beyond n as `mean` and must make zero
-// of it.
+// f(vector) summed over a row of n elements. Lanes past the last hold `beyond`, of which f must
+// make zero.
 template <class T, class F>
 FASTSEQ_INLINE T sum_row(const T* row, int64_t n, Vec<T> beyond, const F& f) {
   Vec<T> sums[4] = {};
@@ -44,6 +44,13 @@ FASTSEQ_INLINE Moments<T> moments(const T* row, int64_t n) {
   const T mean = sum_row<T>(row, n, Vec<T>{}, [](Vec<T> v) { return v; }) / T(n);
   const Vec<T> means = broadcast(mean);
   const T squares = sum_row<T>(row, n, means, [&](Vec<T> v) { return (v - means) * (v - means); });
+  if (__builtin_expect(__builtin_isinf(squares), 0)) {
+    // Once more in smaller units, where epsilon is nothing.
+    constexpr T kUnit = T(sizeof(T) == sizeof(float) ? 0x1p-80 : 0x1p-600);
+    const T small = sum_row<T>(
+        row, n, means, [&](Vec<T> v) { return (v - means) * kUnit * ((v - means) * kUnit); });
+    return {means, broadcast(kUnit / T(__builtin_sqrt(small / T(n))))};
+  }
   return {means, broadcast(T(1) / T(__builtin_sqrt(squares / T(n) + T(Cell::kEpsilon))))};
 }
 
