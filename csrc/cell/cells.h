@@ -1,5 +1,6 @@
 // The table of cells: X(name, struct). Their place in it is the number that ops take; the name is
-// the one that Python knows.
+// the one that Python knows. Normalised cells (cell.h), which have no step of one unit alone, come
+// last.
 #pragma once
 
 #include "gru.h"
@@ -16,5 +17,8 @@
   X("rnn_relu", cell::RnnRelu)                 \
   X("peephole_lstm", cell::PeepholeLstm)       \
   X("zoneout_lstm", cell::Zoneout<cell::Lstm>) \
-  X("zoneout_gru", cell::Zoneout<cell::Gru>)   \
+  X("zoneout_gru", cell::Zoneout<cell::Gru>)
+
+#define FASTSEQ_ALL_CELLS(X) \
+  FASTSEQ_CELLS(X)           \
   X("layer_norm_lstm", cell::LayerNormLstm)

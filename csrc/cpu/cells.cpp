@@ -9,7 +9,7 @@ namespace {
 
 #define FASTSEQ_INFO(name, Cell) \
   {name, Cell::kGates, Cell::kStates, Cell::kSaved, Cell::kParams, Cell::kMasks},
-const CellInfo kCells[] = {FASTSEQ_CELLS(FASTSEQ_INFO)};
+const CellInfo kCells[] = {FASTSEQ_ALL_CELLS(FASTSEQ_INFO)};
 #undef FASTSEQ_INFO
 
 }  // namespace

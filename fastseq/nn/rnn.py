@@ -92,13 +92,13 @@ class _FastLayer:
             self.recompute,
             self.zoneout,
         )
-        run = call
         if serves and not more:
             obstacle = backends.recurrent_obstacle(cell, x, weights)
             if self._is_torchs and (obstacle or backends.torch_is_faster(cell, x)):
                 return super().forward(input, hx)
-            run = call if obstacle else stack
-        output, *state = run(cell, x, state, weights, options)
+            output, *state = stack(cell, x, state, weights, options, kernel=obstacle is None)
+        else:
+            output, *state = call(cell, x, state, weights, options)
         if unbatched:
             output, state = output.squeeze(1), [s.squeeze(1) for s in state]
         state = state[0] if len(state) == 1 else tuple(state)
@@ -264,6 +264,10 @@ class _OwnLSTM(_FastLayer, torch.nn.RNNBase):
 
     def _weight_names(self) -> list[str]:
         return self._own_names
+
+    def _serves(self, x, *rest) -> bool:
+        # There is no layer of torch's to complain of another dtype.
+        return x.dtype is self.weight_ih_l0.dtype and super()._serves(x, *rest)
 
     def reset_parameters(self) -> None:
         """Everything uniform in +-1/sqrt(H), as torch's; gains are 1."""

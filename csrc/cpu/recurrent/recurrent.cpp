@@ -38,7 +38,7 @@ void forward(const RecurrentForward<T>& a, const Threads& threads) {
 
 #define FASTSEQ_ENTRY(name, Cell) {forward<Cell, T>, recurrent_backward<Cell, T>},
 template <class T>
-const RecurrentFunctions<T> kRecurrent[] = {FASTSEQ_CELLS(FASTSEQ_ENTRY)};
+const RecurrentFunctions<T> kRecurrent[] = {FASTSEQ_ALL_CELLS(FASTSEQ_ENTRY)};
 #undef FASTSEQ_ENTRY
 
 }  // namespace
