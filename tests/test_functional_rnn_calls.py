@@ -51,7 +51,8 @@ def test_special_values_as_in_the_reference(cell, name):
         assert_matches(
             ours(case),
             case.reference(),
-            yardstick(case),
+            # (torch's layer_norm makes NaN of huge values.)
+            case.reference() if cell == "layer_norm_lstm" else yardstick(case),
             case.inputs,
             names=case.names,
             what=name,
