@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "decoder/decoder.h"
 #include "gemm/gemm.h"
 #include "recurrent/recurrent.h"
 #include "support/threads.h"
@@ -21,6 +22,13 @@ template <class T>
 struct RecurrentFunctions {
   void (*forward)(const RecurrentForward<T>&, const Threads&);
   void (*backward)(const RecurrentBackward<T>&, const Threads&);
+};
+
+// One of these a cell; null for those it has no decoder of.
+template <class T>
+struct DecoderFunctions {
+  void (*forward)(const DecoderForward<T>&, const Threads&);
+  void (*backward)(const DecoderBackward<T>&, const Threads&);
 };
 
 // The functions of one kernel file, by dtype.
@@ -55,6 +63,7 @@ struct Kernels {
   const Machine& machine;
   const Part<BasicFunctions>& basic;
   const Part<RecurrentFunctions>& recurrent;
+  const Part<DecoderFunctions>& decoder;
 };
 
 // The cells, in the order of csrc/cell/cells.h.

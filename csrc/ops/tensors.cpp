@@ -3,7 +3,9 @@
 namespace fastseq {
 namespace ops {
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+namespace {
+
+Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
   constexpr size_t kMaxDims = 4;
   int64_t strides[kMaxDims];
   require(sizes.size() <= kMaxDims, "fastseq: too many dimensions");
@@ -12,14 +14,25 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
     strides[i] = stride;
     stride *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
   }
-  int32_t dtype, device_type, device_index;
+  int32_t device_type, device_index;
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides,
                                                   dtype, device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+}  // namespace
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty_of(like, sizes, dtype);
+}
+
+Tensor empty_int64(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty_of(like, sizes, aoti_torch_dtype_int64());
 }
 
 Threads torch_threads() {

@@ -19,6 +19,8 @@ using torch::stable::Tensor;
 
 // A new contiguous tensor of like's dtype and device, uninitialised.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes);
+// The same of int64.
+Tensor empty_int64(const Tensor& like, std::initializer_list<int64_t> sizes);
 
 // torch's own thread pool and thread count.
 Threads torch_threads();

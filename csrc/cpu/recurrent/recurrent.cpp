@@ -17,6 +17,8 @@ namespace {
 
 #include "forward.inl"
 
+#include "gradient_row.inl"
+
 #include "normalised.inl"
 
 #include "backward_loop.inl"

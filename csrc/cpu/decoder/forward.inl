@@ -1,0 +1,326 @@
+// The forward pass of a decoder: tasks are some of the sequences, through all steps.
+
+// Adds up what the cells of a layer start from: [sums][H].
+template <class Cell, class T>
+void sum_biases(const DecoderLayer<T>& layer, int64_t H, T* out) {
+  constexpr int kGates = Cell::kGates, kApart = Cell::kApart;
+  for (int64_t i = 0; i < cell::kSums<Cell> * H; ++i) {
+    const bool own = i >= kGates * H, apart = i / H == kApart;
+    const int64_t row = own ? kApart * H + i % H : i;
+    out[i] = 0;
+    if (layer.b_ih && !own) out[i] += layer.b_ih[row];
+    if (layer.b_hh && !apart) out[i] += layer.b_hh[row];
+  }
+}
+
+// What attends to a source: one query against its keys.
+template <class T>
+FASTSEQ_INLINE void attend(const DecoderInputs<T>& a, int64_t b, const T* query, T* weights,
+                           T* context) {
+  const DecoderShape& s = a.shape;
+  const int64_t end = a.ends[b];
+  const T* keys = a.keys + b * s.S * s.K;
+  if (s.dot) {
+    dot_scores(query, keys, s.K, end, s.K, a.scale, weights);
+  } else {
+    additive_scores<T>(query, keys, s.K, nullptr, 0, end, s.K, a.v, a.scale, weights);
+  }
+  masked_softmax(weights, a.mask ? a.mask + b * s.S : nullptr, end);
+  for (int64_t i = end; i < s.S; ++i) weights[i] = 0;
+  weighted_sum(weights, a.values + b * s.S * s.C, s.C, end, s.C, context);
+}
+
+template <class Cell, class T>
+struct DecoderForwardLoop {
+  static constexpr int64_t kGates = Cell::kGates;
+
+  const DecoderForward<T>& a;
+  const DecoderShape& s;
+  Packed<T> by_x[kMostLayers];  // W_ih
+  Packed<T> by_h[kMostLayers];  // W_hh, and W_q below that of the top layer where it reads the same h
+  Packed<T> by_out, by_attended;  // W_q, W_c, where attention comes after the cell
+  T* bias[kMostLayers];
+
+  struct Task {
+    int64_t b0, b1;
+    int64_t* live;    // the sequences that go on
+    const T** from;
+    T* from_x;        // [rows, G*H]
+    T* from_h;        // [rows, G*H + K]
+    CellForwardRow<Cell, T>* cells;
+    T* c;             // [L, rows, H]
+    T* query;         // [rows, K], where it is not saved
+    T* best;
+    int64_t* likeliest;
+  };
+
+  bool after() const { return s.A > 0; }
+  int64_t top() const { return s.L - 1; }
+  int64_t gates() const { return kGates * s.H; }
+  int64_t by_h_width() const { return gates() + (!after() && a.w_q ? s.K : 0); }
+
+  template <class Memory>
+  void lay_out(Memory& memory, Task* tasks, int64_t count, int64_t rows) {
+    for (int64_t l = 0; l < s.L; ++l) {
+      by_x[l].lay_out(memory, gates(), s.input(l), true);
+      by_h[l].lay_out(memory, l == top() ? by_h_width() : gates(), s.H, true);
+      bias[l] = memory.template take<T>(size_t(cell::kSums<Cell> * s.H));
+    }
+    by_out.lay_out(memory, after() && a.w_q ? s.K : 0, s.H, true);
+    by_attended.lay_out(memory, s.A, s.A ? s.C + s.H : 0, true);
+    for (int64_t i = 0; i < count; ++i) {
+      Task task{};
+      task.b0 = min64(i * rows, s.B);
+      task.b1 = min64(task.b0 + rows, s.B);
+      task.live = memory.template take<int64_t>(size_t(rows));
+      task.from = memory.template take<const T*>(size_t(rows));
+      task.from_x = memory.template take<T>(size_t(rows * gates()));
+      task.from_h = memory.template take<T>(size_t(rows * by_h_width()));
+      task.cells = memory.template take<CellForwardRow<Cell, T>>(size_t(rows));
+      task.c = memory.template take<T>(size_t(s.L * rows * s.H));
+      task.query = memory.template take<T>(size_t(a.saved.query.base ? 0 : rows * s.K));
+      task.best = memory.template take<T>(size_t(rows));
+      task.likeliest = memory.template take<int64_t>(size_t(rows));
+      if (tasks) tasks[i] = task;
+    }
+  }
+
+  void pack(const Threads& threads) {
+    Packed<T>* all[2 * kMostLayers + 2];
+    int count = 0;
+    for (int64_t l = 0; l < s.L; ++l) {
+      const DecoderLayer<T>& layer = a.layers[l];
+      by_x[l].set_rows(0, layer.w_ih, gates(), s.input(l));
+      by_h[l].set_rows(0, layer.w_hh, gates(), s.H);
+      sum_biases<Cell>(layer, s.H, bias[l]);
+      all[count++] = &by_x[l];
+      all[count++] = &by_h[l];
+    }
+    if (a.w_q && after()) {
+      by_out.set_rows(0, a.w_q, s.K, s.H);
+      all[count++] = &by_out;
+    } else if (a.w_q) {
+      by_h[top()].set_rows(gates(), a.w_q, s.K, s.H);
+    }
+    if (after()) {
+      by_attended.set_rows(0, a.w_c, s.A, s.C + s.H);
+      all[count++] = &by_attended;
+    }
+    pack_all(all, count, threads);
+  }
+
+  void begin(Task& task) {
+    for (int64_t b = task.b0; b < task.b1; ++b) {
+      task.live[b - task.b0] = b;
+      for (int64_t l = 0; l < s.L; ++l) {
+        copy_row(a.saved.h[l].at(0, b), a.h0 + (l * s.B + b) * s.H, s.H);
+        if (Cell::kStates == 2) copy_row(c_of(task, l, b), a.c0 + (l * s.B + b) * s.H, s.H);
+      }
+    }
+  }
+  T* c_of(Task& task, int64_t l, int64_t b) const {
+    return task.c + (l * (task.b1 - task.b0) + b - task.b0) * s.H;
+  }
+  T* query_of(Task& task, int64_t t, int64_t b) const {
+    return a.saved.query.base ? a.saved.query.at(t, b) : task.query + (b - task.b0) * s.K;
+  }
+
+  // Finds the tokens that step t is fed, of the first `count` live sequences; those that have ended
+  // leave. Returns how many go on.
+  int64_t choose(Task& task, int64_t t, int64_t count) {
+    const bool given = t < s.T && (!a.forced || a.forced[t]);
+    if (!given) {
+      for (int64_t i = 0; i < count; ++i) task.from[i] = a.features.at(t - 1, task.live[i]);
+      const Likeliest<T> likeliest{s.features(), s.V, a.w_out, a.b_out};
+      likeliest.find(count, task.from, task.best, task.likeliest);
+    }
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = task.live[i];
+      const int64_t token = given ? a.tokens[b * s.T + t] : task.likeliest[i];
+      if (a.used) a.used[b * a.used_row + t] = token;
+      if (t == s.T) continue;
+      if (!given && token == a.end_token) {
+        end(task, t, b);
+        continue;
+      }
+      task.live[left++] = b;
+      copy_row(a.saved.input.at(t, b), a.table + token * s.E, s.E);
+    }
+    return left;
+  }
+
+  // One layer's cells, from the sums of its input.
+  void cells(Task& task, int64_t l, int64_t t, int64_t count) {
+    const int64_t width = l == top() ? by_h_width() : gates();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = task.live[i];
+      T* c = Cell::kStates == 2 ? c_of(task, l, b) : nullptr;
+      task.cells[i] = {task.from_x + i * gates(),    task.from_h + i * width, a.saved.h[l].at(t, b), c,
+                       a.saved.h[l].at(t + 1, b), c,
+                       a.save ? a.saved.cells[l].at(t, b) : nullptr};
+    }
+    cell_rows(task.cells, count, s.H, bias[l]);
+  }
+
+  void multiply(const Packed<T>& packed, int64_t count, const T* const* from, T* out,
+                int64_t width) {
+    packed.multiply(count, from, [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
+      store(out + i * width + column, sum, lanes);
+    });
+  }
+
+  void layers(Task& task, int64_t t, int64_t count) {
+    for (int64_t l = 0; l < s.L; ++l) {
+      if (l != top() || after()) {
+        for (int64_t i = 0; i < count; ++i) task.from[i] = a.saved.h[l].at(t, task.live[i]);
+        multiply(by_h[l], count, task.from, task.from_h, gates());
+      } else if (top() > 0) {
+        multiply_top(task, t, count);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t b = task.live[i];
+        task.from[i] = l ? a.saved.out[l - 1].at(t + 1, b) : a.saved.input.at(t, b);
+      }
+      multiply(by_x[l], count, task.from, task.from_x, gates());
+      cells(task, l, t, count);
+      for (int64_t i = 0; i < count && s.residual && l; ++i) {
+        const int64_t b = task.live[i];
+        add_rows<T>(a.saved.out[l].at(t + 1, b), a.saved.h[l].at(t + 1, b),
+                    a.saved.out[l - 1].at(t + 1, b), s.H);
+      }
+    }
+  }
+
+  // The recurrent sums of the top layer, and the query from the same h.
+  void multiply_top(Task& task, int64_t t, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) task.from[i] = a.saved.h[top()].at(t, task.live[i]);
+    multiply(by_h[top()], count, task.from, task.from_h, by_h_width());
+  }
+
+  void attend_before(Task& task, int64_t t, int64_t count) {
+    multiply_top(task, t, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = task.live[i];
+      const T* query = a.saved.h[top()].at(t, b);
+      if (a.w_q) {
+        T* kept = query_of(task, t, b);
+        copy_row(kept, task.from_h + i * by_h_width() + gates(), s.K);
+        query = kept;
+      }
+      attend<T>(a, b, query, a.weights.at(t, b), a.saved.input.at(t, b) + s.E);
+    }
+  }
+
+  void attend_after(Task& task, int64_t t, int64_t count) {
+    if (a.w_q) {
+      for (int64_t i = 0; i < count; ++i) task.from[i] = a.saved.out[top()].at(t + 1, task.live[i]);
+      by_out.multiply(count, task.from, [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
+        store(query_of(task, t, task.live[i]) + column, sum, lanes);
+      });
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = task.live[i];
+      const T* out = a.saved.out[top()].at(t + 1, b);
+      T* attended = a.saved.attended.at(t, b);
+      attend<T>(a, b, a.w_q ? query_of(task, t, b) : out, a.weights.at(t, b), attended);
+      copy_row(attended + s.C, out, s.H);
+      task.from[i] = attended;
+    }
+    by_attended.multiply(count, task.from, [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
+      if (a.b_c) sum += load(a.b_c + column, lanes);
+      store(a.features.at(t, task.live[i]) + column, tanh(sum), lanes);
+    });
+  }
+
+  void step(Task& task, int64_t t, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = task.live[i];
+      T* input = a.saved.input.at(t, b);
+      if (a.x.base) copy_row(input, a.x.at(t, b), s.E);
+      if (!s.feeds) continue;
+      if (t) {
+        copy_row<T>(input + s.E, a.features.at(t - 1, b), s.A);
+      } else if (a.feed0) {
+        copy_row(input + s.E, a.feed0 + b * s.A, s.A);
+      } else {
+        for (int64_t u = 0; u < s.A; ++u) input[s.E + u] = 0;
+      }
+    }
+    if (!after()) attend_before(task, t, count);
+    layers(task, t, count);
+    if (after()) {
+      attend_after(task, t, count);
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = task.live[i];
+      copy_row<T>(a.features.at(t, b), a.saved.out[top()].at(t + 1, b), s.H);
+      copy_row<T>(a.features.at(t, b) + s.H, a.saved.input.at(t, b) + s.E, s.C);
+    }
+  }
+
+  // The final states of sequence b after `steps` steps.
+  void finish(Task& task, int64_t steps, int64_t b) {
+    for (int64_t l = 0; l < s.L; ++l) {
+      copy_row<T>(a.h_n + (l * s.B + b) * s.H, a.saved.h[l].at(steps, b), s.H);
+      if (Cell::kStates == 2) copy_row<T>(a.c_n + (l * s.B + b) * s.H, c_of(task, l, b), s.H);
+    }
+  }
+
+  // What a sequence that ends before step t leaves behind: zeros, and its last states.
+  void end(Task& task, int64_t t, int64_t b) {
+    finish(task, t, b);
+    for (int64_t later = t; later < s.T; ++later) {
+      for (int64_t u = 0; u < s.features(); ++u) a.features.at(later, b)[u] = 0;
+      for (int64_t i = 0; i < s.S; ++i) a.weights.at(later, b)[i] = 0;
+    }
+    for (int64_t later = t + 1; later < a.used_row && a.used; ++later) {
+      a.used[b * a.used_row + later] = a.end_token;
+    }
+  }
+
+  void run(Task& task) {
+    begin(task);
+    int64_t count = task.b1 - task.b0;
+    for (int64_t t = 0; t < s.T && count; ++t) {
+      if (!a.x.base) count = choose(task, t, count);
+      step(task, t, count);
+    }
+    for (int64_t i = 0; i < count; ++i) finish(task, s.T, task.live[i]);
+    if (a.used && a.used_row > s.T && count) choose(task, s.T, count);
+  }
+};
+
+// Sequences need nothing from each other: a share of them a thread.
+inline int64_t rows_a_task(const DecoderShape& s, int64_t multiply_adds, const Threads& threads) {
+  constexpr int64_t kWorthSharing = int64_t(1) << 18;
+  const bool worth = multiply_adds * s.T * s.B >= kWorthSharing;
+  return max64(1, ceil_div(s.B, worth ? threads.count : 1));
+}
+
+// Multiply-adds of a step and sequence.
+inline int64_t decoder_work(const DecoderShape& s, int64_t gates) {
+  int64_t work = s.K * s.H + s.S * (s.K + s.C) + s.A * (s.C + s.H);
+  for (int64_t l = 0; l < s.L; ++l) work += gates * s.H * (s.input(l) + s.H);
+  return work;
+}
+
+template <class Cell, class T>
+void decoder_forward(const DecoderForward<T>& a, const Threads& threads) {
+  using Loop = DecoderForwardLoop<Cell, T>;
+  Loop loop{a, a.shape, {}, {}, {}, {}, {}};
+  const int64_t rows = rows_a_task(a.shape, decoder_work(a.shape, Cell::kGates), threads);
+  const int64_t count = ceil_div(a.shape.B, rows);
+  typename Loop::Task* tasks = nullptr;
+  auto lay_out = [&](auto& memory) {
+    tasks = memory.template take<typename Loop::Task>(size_t(count));
+    loop.lay_out(memory, tasks, count, rows);
+  };
+  ScratchSize needed;
+  lay_out(needed);
+  Scratch scratch(needed.bytes());
+  lay_out(scratch);
+  loop.pack(threads);
+  run_tasks(threads, count, [&](int64_t i) { loop.run(tasks[i]); });
+}
