@@ -121,7 +121,12 @@ def attention_decoder(
         mask = within if mask is None else within & mask
     if forced is not None and all(forced[: input.shape[1]]) and len(forced) == input.shape[1]:
         forced = arguments["forced"] = None
-    if end_token is None and _obstacle(input, keys, values, hx, params) is not None:
+    if backends.recurrent_obstacle(cell, values, hx) is not None:
+        if end_token is not None:
+            raise NotImplementedError(
+                "fastseq.attention_decoder: expected end_token with the kernel only; cut the tokens "
+                "behind it instead"
+            )
         found = _reference.attention_decoder(
             input, hx, keys, values, params, mask=mask, **arguments
         )
@@ -160,10 +165,6 @@ _FLOATING = (*_NATIVE, torch.bfloat16, torch.float16)
 
 def _detached(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach()
-
-
-def _obstacle(input, keys, values, hx, params) -> str | None:
-    return backends.decoder_obstacle(keys)
 
 
 def _check(input, hx, keys, values, params, arguments, lengths, mask, end_token) -> None:
@@ -285,12 +286,12 @@ def _check_input(op, input, B, arguments) -> int:
             raise ValueError(f"{op}: expected the first entry of forced to be True")
         if arguments["output"] is None:
             raise ValueError(f"{op}: expected output beside forced, got None")
-    if input.numel() and input.is_cpu and not torch.compiler.is_compiling():
-        least, most = (int(t) for t in input.aminmax())
+    # Those that are never fed may be anything.
+    fed = input if forced is None else input[:, torch.tensor([bool(f) for f in forced[:T]])]
+    if fed.numel() and fed.is_cpu and not torch.compiler.is_compiling():
+        least, most = (int(t) for t in fed.aminmax())
         if least < 0 or most >= V:
-            raise IndexError(
-                f"{op}: expected tokens in 0..{V - 1}, got {least} to {most}"
-            )
+            raise IndexError(f"{op}: expected tokens in 0..{V - 1}, got {least} to {most}")
     return embedding.shape[1]
 
 
@@ -309,9 +310,7 @@ def _check_where(op, B, S, lengths, mask) -> None:
         got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"{op}: expected lengths to be an int64 tensor, got {got}")
     if tuple(lengths.shape) != (B,):
-        raise ValueError(
-            f"{op}: expected lengths of shape [B] = [{B}], got {list(lengths.shape)}"
-        )
+        raise ValueError(f"{op}: expected lengths of shape [B] = [{B}], got {list(lengths.shape)}")
     if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= S:
         raise ValueError(
             f"{op}: expected lengths between 0 and S = {S}, got {int(lengths.min())} to "

@@ -1,10 +1,9 @@
-"""What the decoders share: teacher-forcing coins, the runs they cut a target into, guards."""
+"""What the decoders share: teacher-forcing coins, steps one by one, guards."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +18,6 @@ def draw_coins(steps: int, teacher_forcing_ratio: float) -> list[bool]:
     The draws from Python's ``random`` are those of the reference, in number and order.
     """
     return [bool(random.random() < teacher_forcing_ratio) for _ in range(steps)]
-
-
-def forced_runs(coins: Sequence[bool]) -> list[tuple[int, int]]:
-    """Cut the steps 1..T-1 into runs ``[start, stop)`` that only their first step can interrupt.
-
-    Inside a run every input is known beforehand; the first input of a run, but for the very
-    first, is the argmax of the run before. The last coin decides nothing.
-    """
-    end = len(coins) + 1
-    starts = [t for t in range(1, end) if t == 1 or not coins[t - 2]]
-    return list(pairwise([*starts, end]))
-
-
-def run_tokens(token: Tensor, trg: Tensor, start: int, stop: int) -> Tensor:
-    """The inputs of a run: ``token`` [B, 1], then the target's; [B, stop - start]."""
-    return token if stop - start == 1 else torch.cat((token, trg[:, start : stop - 1]), dim=1)
 
 
 def decode_by_steps(step: Step, trg: Tensor, coins: Sequence[bool], *state: Tensor) -> Tensor:
@@ -85,6 +68,17 @@ def check_plain(decoder: nn.Module, kind: type[nn.Module], where: str) -> None:
             f"fastseq.{where}.features: expected a decoder without hooks or a forward of its own, "
             f"got {type(decoder).__name__} with some; call the model for its logits instead"
         )
+
+
+def is_lookup(embedding: nn.Module) -> bool:
+    """Whether ``embedding`` does no more than look rows up, gradients included."""
+    return (
+        computes_as(embedding, nn.Embedding)
+        and embedding.padding_idx is None
+        and embedding.max_norm is None
+        and not embedding.scale_grad_by_freq
+        and not embedding.sparse
+    )
 
 
 def embed(embedding: nn.Module, tokens: Tensor, where: str) -> Tensor:

@@ -1,8 +1,8 @@
 """The attention encoder-decoder of :mod:`fastseq.reference.attention`, fast.
 
 Same names, constructors, parameters and results. The score's matrix is split into a query half and
-a key half, W [h; y] + b = W_q h + (W_k y + b), so that the keys are projected once a source; a step
-adds the query to them. Logits wait for one product until an input depends on them.
+a key half, W [h; y] + b = W_q h + (W_k y + b), so that the keys are projected once a source. The
+decoder loop is one call, and the logits are products of all its steps.
 
 Source: Bahdanau, Cho, Bengio 2015, "Neural Machine Translation by Jointly Learning to Align and
 Translate".
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastseq import nn
+from fastseq.functional import attention_decoder
 from fastseq.models._steps import (
     after_start,
     check_source,
@@ -26,8 +27,7 @@ from fastseq.models._steps import (
     decode_by_steps,
     draw_coins,
     embed,
-    forced_runs,
-    run_tokens,
+    is_lookup,
 )
 from fastseq.reference.attention import check_lengths, check_mask, length_mask
 
@@ -261,23 +261,52 @@ class Decoder(nn.Module):
         Returns:
             Logits, [B, T-1, V].
         """
-        attend = self._attend_to(encoder_outputs, mask)
-        token, logits = trg[:, :1], []
-        for start, stop in forced_runs(coins):
-            if logits:
-                token = logits[-1][:, -1:].argmax(2)
-            tokens = run_tokens(token, trg, start, stop)
-            outputs, contexts = [], []
-            for emb in embed(self.embedding, tokens, "models.attention.Decoder").split(1, dim=1):
-                output, context, hidden, cell, _ = self._advance(
-                    emb, hidden, cell, encoder_outputs, attend
-                )
-                outputs.append(output)
-                contexts.append(context)
-            states = torch.cat((torch.cat(outputs, dim=1), torch.cat(contexts, dim=1)), dim=2)
-            # In halves: the longer the one sum over all tokens, the worse fc's gradients.
-            logits.extend(map(self.fc, states.split(-(-states.shape[1] // 2), dim=1)))
-        return torch.cat(logits, dim=1)
+        forced = (True, *coins[:-1])
+        if not self._in_one_call(all(forced)):
+            step = self.stepper(encoder_outputs, mask)
+            return decode_by_steps(step, trg, coins, hidden, cell)
+        if mask is not None:
+            check_mask(mask, *encoder_outputs.shape[:2])
+        query_weight, keys = self.attention.split(encoder_outputs)
+        tokens = trg[:, : len(forced)]
+        if all(forced):
+            fed = {"input": embed(self.embedding, tokens, "models.attention.Decoder")}
+        else:
+            output = (self.fc.weight, self.fc.bias)
+            table = self.embedding.weight
+            fed = {"input": tokens, "embedding": table, "forced": forced, "output": output}
+        decoded = attention_decoder(
+            **fed,
+            hx=(hidden, cell),
+            keys=keys,
+            values=encoder_outputs,
+            params=self.lstm.all_weights[0],
+            query_weight=query_weight,
+            v=self.attention.v.weight[0],
+            mask=mask,
+        )
+        # In halves: the longer the one sum over all tokens, the worse fc's gradients.
+        features = decoded.features.split(-(-len(coins) // 2), dim=1)
+        return torch.cat([self.fc(half) for half in features], dim=1)
+
+    def _in_one_call(self, forced: bool) -> bool:
+        """Whether the parts are what :class:`Decoder` made them, so that the loop is one call.
+
+        Args:
+            forced: whether all inputs are known beforehand; the embedding and the output layer,
+                which then stand outside of the loop, may be any.
+        """
+        attention, lstm = self.attention, self.lstm
+        return (
+            computes_as(attention, Attention)
+            and computes_as(attention.attn, nn.Linear)
+            and computes_as(attention.v, nn.Linear)
+            and computes_as(lstm, nn.LSTM)
+            and (lstm.num_layers, lstm.proj_size, lstm.bidirectional) == (1, 0, False)
+            and lstm.batch_first
+            and lstm.bias
+            and (forced or (is_lookup(self.embedding) and computes_as(self.fc, nn.Linear)))
+        )
 
     def _attend_to(self, encoder_outputs: Tensor, mask: Tensor | None) -> Attend:
         if computes_as(self.attention, Attention):

@@ -1,7 +1,7 @@
 """The plain encoder-decoder of :mod:`fastseq.reference.plain`, fast.
 
-Same names, constructors, parameters and results. Steps whose inputs are known beforehand go through
-the LSTM as one sequence: with a teacher-forcing ratio of 1 the decoder is a single call.
+Same names, constructors, parameters and results. The decoder is a single call: of the LSTM where all
+inputs are known beforehand, else of the decoder loop that finds the likeliest tokens itself.
 
 Source: Sutskever, Vinyals, Le 2014, "Sequence to Sequence Learning with Neural Networks".
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastseq import nn
+from fastseq.functional import attention_decoder
 from fastseq.models._steps import (
     after_start,
     check_source,
@@ -22,8 +22,7 @@ from fastseq.models._steps import (
     decode_by_steps,
     draw_coins,
     embed,
-    forced_runs,
-    run_tokens,
+    is_lookup,
 )
 
 __all__ = ["Decoder", "Encoder", "Seq2Seq"]
@@ -92,13 +91,35 @@ class Decoder(nn.Module):
         Returns:
             Logits, [B, T-1, V].
         """
-        token, logits = trg[:, :1], []
-        for start, stop in forced_runs(coins):
-            if logits:
-                token = logits[-1][:, -1:].argmax(2)
-            run, h, c = self.forward(run_tokens(token, trg, start, stop), h, c)
-            logits.append(run)
-        return torch.cat(logits, dim=1)
+        forced = (True, *coins[:-1])
+        if all(forced):
+            return self.forward(trg[:, : len(forced)], h, c)[0]
+        if not self._in_one_call():
+            return decode_by_steps(self, trg, coins, h, c)
+        nothing = h.new_zeros(trg.shape[0], 0, h.shape[2])
+        decoded = attention_decoder(
+            trg[:, : len(forced)],
+            (h, c),
+            nothing,
+            nothing[:, :, :0],
+            self.lstm.all_weights[0],
+            embedding=self.embedding.weight,
+            forced=forced,
+            output=(self.fc.weight, self.fc.bias),
+        )
+        return self.fc(decoded.features)
+
+    def _in_one_call(self) -> bool:
+        """Whether the parts are what :class:`Decoder` made them."""
+        lstm = self.lstm
+        return (
+            is_lookup(self.embedding)
+            and computes_as(self.fc, nn.Linear)
+            and computes_as(lstm, nn.LSTM)
+            and (lstm.num_layers, lstm.proj_size, lstm.bidirectional) == (1, 0, False)
+            and lstm.batch_first
+            and lstm.bias
+        )
 
 
 class Seq2Seq(nn.Module):

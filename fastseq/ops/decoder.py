@@ -108,10 +108,32 @@ class _Decoder(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             grads = iter(
                 attention_decoder_bwd(
-                    settings.cell, dfeatures, dweights, dh_n, dc_n, features, attended, saved, h0,
-                    c0, keys, values, settings.mask, weights, settings.has_biases, w_q, v, w_c, b_c,
-                    settings.feeds, settings.residual, settings.scale, need_dx, need_keys,
-                    need["values"], need_weights,
+                    settings.cell,
+                    dfeatures,
+                    dweights,
+                    dh_n,
+                    dc_n,
+                    features,
+                    attended,
+                    saved,
+                    h0,
+                    c0,
+                    keys,
+                    values,
+                    settings.mask,
+                    weights,
+                    settings.has_biases,
+                    w_q,
+                    v,
+                    w_c,
+                    b_c,
+                    settings.feeds,
+                    settings.residual,
+                    settings.scale,
+                    need_dx,
+                    need_keys,
+                    need["values"],
+                    need_weights,
                 )  # fmt: skip
             )
 
@@ -189,7 +211,9 @@ def _fwd_fake(
         columns = T if forced is None else forced.shape[0]
         out.append(tokens.new_empty(B, columns))
     if save:
-        out.append(h0.new_empty(_saved_size(cell, T, h0, keys, values, weights, w_q, w_c, residual)))
+        out.append(
+            h0.new_empty(_saved_size(cell, T, h0, keys, values, weights, w_q, w_c, residual))
+        )
     return out
 
 
@@ -239,7 +263,9 @@ def _bwd_fake(
 
 def _fwd_autograd(cell, x, tokens, table, forced, h0, c0, keys, values, mask, weights, *rest):
     """What the registered op does at the autograd key."""
-    has_biases, w_q, v, w_c, b_c, feed0, feeds, residual, scale, w_out, b_out, end_token, save = rest
+    has_biases, w_q, v, w_c, b_c, feed0, feeds, residual, scale, w_out, b_out, end_token, save = (
+        rest
+    )
     settings = Settings(
         cell, tokens, forced, mask, has_biases, feeds, residual, scale, w_out, b_out, end_token
     )

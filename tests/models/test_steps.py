@@ -1,4 +1,4 @@
-"""Cutting a target into runs of known inputs."""
+"""The draws of teacher forcing."""
 
 from __future__ import annotations
 
@@ -6,23 +6,7 @@ import random
 
 import pytest
 
-from fastseq.models._steps import draw_coins, forced_runs
-
-
-@pytest.mark.parametrize(
-    ("coins", "runs"),
-    [
-        ([], []),
-        ([True], [(1, 2)]),
-        ([False], [(1, 2)]),
-        ([True, True, True], [(1, 4)]),
-        ([True, True, False], [(1, 4)]),
-        ([False, False, True], [(1, 2), (2, 3), (3, 4)]),
-        ([True, False, True, True], [(1, 3), (3, 5)]),
-    ],
-)
-def test_runs_end_where_an_argmax_is_fed_back(coins, runs):
-    assert forced_runs(coins) == runs
+from fastseq.models._steps import draw_coins
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])

@@ -103,6 +103,10 @@ struct DecoderBackwardLoop {
     if (a.saved.query.base) return a.saved.query.at(t, b);
     return after() ? a.saved.out[top()].at(t + 1, b) : a.saved.h[top()].at(t, b);
   }
+  int64_t query_step() const {
+    if (a.saved.query.base) return a.saved.query.step;
+    return after() ? a.saved.out[top()].step : a.saved.h[top()].step;
+  }
 
   void begin(Task& task) {
     const int64_t rows = task.b1 - task.b0;
@@ -130,7 +134,7 @@ struct DecoderBackwardLoop {
                        s.C, end, s.C, a.scale, scores);
     for (int64_t i = end; i < s.S; ++i) scores[i] = 0;
     if (s.dot) {
-      dot_query_gradient<T>(keys, s.K, end, s.K, scores, query);
+      weighted_sum<T>(scores, keys, s.K, end, s.K, query);
     } else {
       additive_query_gradient<T>(query_of(t, b), keys, s.K, nullptr, 0, end, s.K, a.v, scores,
                                  query);

@@ -74,27 +74,31 @@ struct DecoderDeferred {
   }
 
   // What source b and its keys get of all steps. `dv`: of this source, [K].
-  void source(int64_t b, const T** rows, const GemmBlocks<T>& blocks, T* dv) const {
+  void source(int64_t b, const GemmBlocks<T>& blocks, T* dv) const {
     const int64_t end = a.ends[b];
     if (a.dvalues) {
       T* out = a.dvalues + b * s.S * s.C;
       for (int64_t i = end * s.C; i < s.S * s.C; ++i) out[i] = 0;
-      Gemm<T> g = of_source(b, a.weights.at(0, b), a.weights.step, loop.dcontext.at(0, b),
+      const Gemm<T> g = of_source(b, a.weights.at(0, b), a.weights.step, loop.dcontext.at(0, b),
                             loop.dcontext.step, s.C, out);
       gemm_part(g, 0, 1, blocks);
     }
     if (!a.dkeys) return;
     T* out = a.dkeys + b * s.S * s.K;
     for (int64_t i = end * s.K; i < s.S * s.K; ++i) out[i] = 0;
-    for (int64_t t = 0; t < s.T; ++t) rows[t] = loop.query_of(t, b);
+    const T* query = loop.query_of(0, b);
+    const int64_t query_step = loop.query_step();
     if (s.dot) {
-      Gemm<T> g = of_source(b, loop.dscores.at(0, b), loop.dscores.step, nullptr, 0, s.K, out);
-      g.b_rows = rows;
+      const Gemm<T> g = of_source(b, loop.dscores.at(0, b), loop.dscores.step, query, query_step,
+                                  s.K, out);
       gemm_part(g, 0, 1, blocks);
       return;
     }
-    additive_key_gradients<T>(rows, s.T, a.keys + b * s.S * s.K, s.K, nullptr, 0, end, s.K, a.v,
-                              loop.dscores.at(0, b), loop.dscores.step, out, s.K, dv);
+    for (int64_t k = 0; k < s.K; ++k) dv[k] = 0;
+    const ScoredQueries<T> queries{s.T,     query, query_step, loop.dscores.at(0, b),
+                                   loop.dscores.step, nullptr, 0};
+    additive_source_gradients<T>(queries, a.keys + b * s.S * s.K, s.K, nullptr, 0, end, s.K, a.v,
+                                 out, s.K, dv);
   }
   Gemm<T> of_source(int64_t b, const T* from, int64_t from_step, const T* by, int64_t by_step,
                     int64_t width, T* out) const {
@@ -127,13 +131,11 @@ struct DecoderDeferred {
     measure(source_product);
     const int64_t parts = max64(1, min64(min64(threads.count, kMostParts), work / kWorthATask));
     GemmBlocks<T> blocks[kMostParts];
-    const T** rows[kMostParts];
     T* dv = nullptr;
     auto lay_out = [&](auto& memory) {
       for (int64_t part = 0; part < parts; ++part) {
         blocks[part].a = memory.template take<T>(size_t(a_size));
         blocks[part].b = memory.template take<T>(size_t(b_size));
-        rows[part] = memory.template take<const T*>(size_t(s.T));
       }
       dv = memory.template take<T>(size_t(s.dot ? 0 : s.B * s.K));
     };
@@ -143,7 +145,7 @@ struct DecoderDeferred {
     lay_out(scratch);
     run_tasks(threads, parts, [&](int64_t part) {
       const int64_t each = ceil_div(s.B, parts), end = min64((part + 1) * each, s.B);
-      for (int64_t b = part * each; b < end; ++b) source(b, rows[part], blocks[part], dv + b * s.K);
+      for (int64_t b = part * each; b < end; ++b) source(b, blocks[part], dv + b * s.K);
       for (int i = 0; i < count; ++i) gemm_part(products[i], part, parts, blocks[part]);
       if (a.need_weights) biases(part, parts);
     });
