@@ -175,16 +175,20 @@ template <class T>
 int64_t lay_out(const Call& c, bool save, T* base, DecoderSaved<T>& saved) {
   const DecoderShape& s = c.shape;
   int64_t used = 0;
-  // Whole cache lines; `first` steps before step 0.
+  // `first` steps before step 0.
   auto take = [&](int64_t width, int64_t first) {
     const StepRows<T> rows{base + used, save ? s.B * width : 0, width};
-    used += ((save ? s.T + first : 1) * s.B * width + 15) / 16 * 16;
+    used += (save ? s.T + first : 1) * s.B * width;
     return rows;
   };
   saved.input = take(s.input(0), 0);
   for (int64_t l = 0; l < s.L; ++l) {
     saved.h[l] = take(s.H, 1);
-    saved.out[l] = l && s.residual ? take(s.H, 1) : saved.h[l];
+    saved.out[l] = saved.h[l];
+    if (l && s.residual) {
+      saved.out[l] = take(s.H, 0);
+      saved.out[l].base -= saved.out[l].step;
+    }
     if (save) saved.cells[l] = take(c.cell.saved * s.H, 0);
   }
   if (save && c.w_q) saved.query = take(s.K, 0);

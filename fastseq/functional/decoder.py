@@ -1,7 +1,7 @@
 """The decoder with attention as a function: a whole target sequence in one call.
 
 Shapes: T time, B batch, S source length, E input width, H hidden, G gate blocks, L layers, K width
-of queries and keys, C width of values and contexts, A width of the attentional vector, V vocabulary.
+of queries and keys, C of values and contexts, A of the attentional vector, V vocabulary.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def attention_decoder(
         IndexError: a token outside 0..V-1.
 
     Source: attention before the cell, Bahdanau, Cho and Bengio 2015, appendix A.2; after it, with
-    input feeding, Luong, Pham and Manning 2015, sections 3 and 3.3; residual layers, Wu et al. 2016,
-    section 3.1; scheduled sampling, Bengio et al. 2015.
+    input feeding, Luong, Pham and Manning 2015, sections 3 and 3.3; residual layers, Wu et al.
+    2016, section 3.1; scheduled sampling, Bengio et al. 2015.
     """
     arguments = {
         "cell": cell, "has_biases": has_biases, "query_weight": query_weight, "v": v,
@@ -124,8 +124,8 @@ def attention_decoder(
     if backends.recurrent_obstacle(cell, values, hx) is not None:
         if end_token is not None:
             raise NotImplementedError(
-                "fastseq.attention_decoder: expected end_token with the kernel only; cut the tokens "
-                "behind it instead"
+                "fastseq.attention_decoder: expected end_token with the kernel only; cut the "
+                "tokens behind it instead"
             )
         found = _reference.attention_decoder(
             input, hx, keys, values, params, mask=mask, **arguments

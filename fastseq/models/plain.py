@@ -1,7 +1,7 @@
 """The plain encoder-decoder of :mod:`fastseq.reference.plain`, fast.
 
-Same names, constructors, parameters and results. The decoder is a single call: of the LSTM where all
-inputs are known beforehand, else of the decoder loop that finds the likeliest tokens itself.
+Same names, constructors, parameters and results. The decoder is a single call: of the LSTM where
+all inputs are known beforehand, else of the decoder loop that finds the likeliest tokens itself.
 
 Source: Sutskever, Vinyals, Le 2014, "Sequence to Sequence Learning with Neural Networks".
 """

@@ -1,4 +1,4 @@
-"""``fastseq::attention_decoder_fwd`` and ``_bwd``: a recurrent decoder with attention, a whole target.
+"""``fastseq::attention_decoder_fwd`` and ``_bwd``: a recurrent decoder with attention.
 
 The schemas and CPU kernels are in csrc/ops/decoder.cpp; here are shapes (for tracing) and autograd.
 Arguments are those of :func:`fastseq.functional.attention_decoder`, flat: inputs x [B, T, E], or
@@ -218,15 +218,15 @@ def _fwd_fake(
 
 
 def _saved_size(cell, T, h0, keys, values, weights, w_q, w_c, residual):
-    """As lay_out in csrc/ops/decoder.cpp: parts of whole cache lines."""
+    """As lay_out in csrc/ops/decoder.cpp: what each step and sequence keeps."""
     (L, B, H), K, C = h0.shape, keys.shape[2], values.shape[2]
 
     def part(steps, width):
-        return (steps * B * width + 15) // 16 * 16
+        return steps * B * width
 
     size = part(T, weights[0].shape[1])
     for layer in range(L):
-        size += part(T + 1, H) * (2 if layer and residual else 1)
+        size += part(T + 1, H) + (part(T, H) if layer and residual else 0)
         size += part(T, _BY_NUMBER[cell].saved * H)
     if w_q is not None:
         size += part(T, K)

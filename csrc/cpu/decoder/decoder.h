@@ -51,7 +51,7 @@ struct DecoderLayer {
 template <class T>
 struct DecoderInputs {
   DecoderShape shape;
-  StepRows<const T> x;  // E wide; base null: rows of the table
+  StepRows<const T> x;  // E wide; not looked at where there are tokens
   const T* table;       // [V, E] or null
   const T* h0;          // [L, B, H]
   const T* c0;          // [L, B, H], or null: the cell has no such state

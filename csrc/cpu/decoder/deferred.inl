@@ -83,7 +83,7 @@ struct DecoderDeferred {
                             loop.dcontext.step, s.C, out);
       gemm_part(g, 0, 1, blocks);
     }
-    if (!a.dkeys) return;
+    if (!a.dkeys && !a.dv) return;
     T* out = a.dkeys + b * s.S * s.K;
     for (int64_t i = end * s.K; i < s.S * s.K; ++i) out[i] = 0;
     const T* query = loop.query_of(0, b);
@@ -126,9 +126,14 @@ struct DecoderDeferred {
       work += products[i].M * products[i].N * products[i].K;
       measure(products[i]);
     }
-    Gemm<T> source_product = of_source(0, nullptr, 2, nullptr, 0, max64(s.C, s.K), nullptr);
-    source_product.M = s.S;
-    measure(source_product);
+    // The larger of a source's products.
+    Gemm<T> of_values{};
+    of_values.M = s.S;
+    of_values.N = max64(s.C, s.K);
+    of_values.K = s.T;
+    of_values.a_m = 1;
+    of_values.a_k = s.S;
+    measure(of_values);
     const int64_t parts = max64(1, min64(min64(threads.count, kMostParts), work / kWorthATask));
     GemmBlocks<T> blocks[kMostParts];
     T* dv = nullptr;
@@ -149,7 +154,7 @@ struct DecoderDeferred {
       for (int i = 0; i < count; ++i) gemm_part(products[i], part, parts, blocks[part]);
       if (a.need_weights) biases(part, parts);
     });
-    if (a.dv && a.dkeys) column_sums(dv, s.B, 0, s.K, s.K, a.dv);
+    if (a.dv) column_sums(dv, s.B, 0, s.K, s.K, a.dv);
   }
 };
 

@@ -237,7 +237,7 @@ struct DecoderForwardLoop {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = task.live[i];
       T* input = a.saved.input.at(t, b);
-      if (a.x.base) copy_row(input, a.x.at(t, b), s.E);
+      if (!a.tokens) copy_row(input, a.x.at(t, b), s.E);
       if (!s.feeds) continue;
       if (t) {
         copy_row<T>(input + s.E, a.features.at(t - 1, b), s.A);
@@ -284,7 +284,7 @@ struct DecoderForwardLoop {
     begin(task);
     int64_t count = task.b1 - task.b0;
     for (int64_t t = 0; t < s.T && count; ++t) {
-      if (!a.x.base) count = choose(task, t, count);
+      if (a.tokens) count = choose(task, t, count);
       step(task, t, count);
     }
     for (int64_t i = 0; i < count; ++i) finish(task, s.T, task.live[i]);
