@@ -248,8 +248,8 @@ Tensors attention_decoder_fwd(int64_t cell, OptionalTensor x, OptionalTensor tok
     check_dims(op, "table", *table, 2);
     s.V = table->size(0);
     check_tensor(op, "table", *table, c.h0, {s.V, s.E});
-    require(tokens->size(0) == s.B, "fastseq.", op, ": expected tokens of shape [B, T] with B = ",
-            s.B, ", got ", tokens->size(0), " rows");
+    require(tokens->size(0) == s.B, "fastseq.", op,
+            ": expected tokens of shape [B, T] with B = ", s.B, ", got ", tokens->size(0), " rows");
     contiguous(table);
     contiguous(tokens);
   }
@@ -323,10 +323,10 @@ Tensors attention_decoder_bwd(int64_t cell, OptionalTensor dfeatures, OptionalTe
   const char* op = "attention_decoder_bwd";
   check_dims(op, "features", features, 3);
   const int64_t T = features.size(1);
-  const Call c = make_call(op, cell, T, std::move(h0), std::move(c0), std::move(keys),
-                           std::move(values), std::move(mask), std::move(weights), has_biases,
-                           std::move(w_q), std::move(v), std::move(w_c), std::move(b_c), feeds,
-                           residual, scale);
+  const Call c =
+      make_call(op, cell, T, std::move(h0), std::move(c0), std::move(keys), std::move(values),
+                std::move(mask), std::move(weights), has_biases, std::move(w_q), std::move(v),
+                std::move(w_c), std::move(b_c), feeds, residual, scale);
   const DecoderShape& s = c.shape;
   check_tensor(op, "features", features, c.h0, {s.B, T, s.features()});
   check_tensor(op, "attended", attended, c.h0, {s.B, T, s.S});

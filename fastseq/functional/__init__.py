@@ -9,7 +9,7 @@ from fastseq.functional.attention import (
     general_attention,
     location_attention,
 )
-from fastseq.functional.decoder import Decoded, attention_decoder
+from fastseq.functional.decoder import attention_decoder
 from fastseq.functional.loss import linear_cross_entropy
 from fastseq.functional.rnn import (
     gru,
@@ -21,7 +21,6 @@ from fastseq.functional.rnn import (
 )
 
 __all__ = [
-    "Decoded",
     "additive_attention",
     "attention_decoder",
     "concat_attention",

@@ -17,7 +17,7 @@ from fastseq.ops import decoder as _op
 from fastseq.reference import decoder as _reference
 from fastseq.reference.rnn import CELLS
 
-__all__ = ["Decoded", "attention_decoder"]
+__all__ = ["attention_decoder"]
 
 
 class Decoded(NamedTuple):

@@ -70,6 +70,16 @@ def check_plain(decoder: nn.Module, kind: type[nn.Module], where: str) -> None:
         )
 
 
+def is_one_layer(rnn: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``rnn`` is a single layer of ``kind`` and no more, batch first, with biases."""
+    return (
+        computes_as(rnn, kind)
+        and (rnn.num_layers, rnn.proj_size, rnn.bidirectional) == (1, 0, False)
+        and rnn.batch_first
+        and rnn.bias
+    )
+
+
 def is_lookup(embedding: nn.Module) -> bool:
     """Whether ``embedding`` does no more than look rows up, gradients included."""
     return (

@@ -28,6 +28,7 @@ from fastseq.models._steps import (
     draw_coins,
     embed,
     is_lookup,
+    is_one_layer,
 )
 from fastseq.reference.attention import check_lengths, check_mask, length_mask
 
@@ -296,15 +297,12 @@ class Decoder(nn.Module):
             forced: whether all inputs are known beforehand; the embedding and the output layer,
                 which then stand outside of the loop, may be any.
         """
-        attention, lstm = self.attention, self.lstm
+        attention = self.attention
         return (
             computes_as(attention, Attention)
             and computes_as(attention.attn, nn.Linear)
             and computes_as(attention.v, nn.Linear)
-            and computes_as(lstm, nn.LSTM)
-            and (lstm.num_layers, lstm.proj_size, lstm.bidirectional) == (1, 0, False)
-            and lstm.batch_first
-            and lstm.bias
+            and is_one_layer(self.lstm, nn.LSTM)
             and (forced or (is_lookup(self.embedding) and computes_as(self.fc, nn.Linear)))
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseq import nn
-from fastseq.functional import additive_attention
+from fastseq.functional import additive_attention, attention_decoder
 from fastseq.models._steps import (
     after_start,
     check_plain,
@@ -29,6 +29,7 @@ from fastseq.models._steps import (
     draw_coins,
     embed,
     in_halves,
+    is_one_layer,
 )
 from fastseq.models.attention import _unless_full, beams
 from fastseq.reference.attention import check_mask, length_mask
@@ -239,6 +240,20 @@ class Decoder(nn.Module):
 
     def _steps(self, emb: Tensor, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """States [B, N, H] and contexts [B, N, 2H] of steps of known embeddings [B, N, E]."""
+        gru = self.gru
+        if isinstance(attend, _Source) and is_one_layer(gru, nn.GRU):
+            decoded = attention_decoder(
+                emb,
+                (hidden,),
+                attend.projected,
+                attend.keys,
+                gru.all_weights[0],
+                cell="gru",
+                query_weight=attend.query_weight,
+                v=attend.v,
+                mask=attend.mask,
+            )
+            return decoded.features.split((gru.hidden_size, attend.keys.shape[2]), dim=2)
         states, contexts = [], []
         for each in emb.split(1, dim=1):
             state, context, hidden, _ = self._advance(each, hidden, attend)

@@ -23,6 +23,7 @@ from fastseq.models._steps import (
     draw_coins,
     embed,
     is_lookup,
+    is_one_layer,
 )
 
 __all__ = ["Decoder", "Encoder", "Seq2Seq"]
@@ -111,14 +112,10 @@ class Decoder(nn.Module):
 
     def _in_one_call(self) -> bool:
         """Whether the parts are what :class:`Decoder` made them."""
-        lstm = self.lstm
         return (
             is_lookup(self.embedding)
             and computes_as(self.fc, nn.Linear)
-            and computes_as(lstm, nn.LSTM)
-            and (lstm.num_layers, lstm.proj_size, lstm.bidirectional) == (1, 0, False)
-            and lstm.batch_first
-            and lstm.bias
+            and is_one_layer(self.lstm, nn.LSTM)
         )
 
 

@@ -8,8 +8,8 @@ struct DecoderBackwardLoop {
 
   const DecoderBackward<T>& a;
   const DecoderShape& s;
-  Packed<T> by_x[kMostLayers];  // from gradients of the input sums to the layer's input
-  Packed<T> by_h[kMostLayers];  // from those of the recurrent sums (and of the query) to h
+  Packed<T> by_x[kMostLayers];      // from gradients of the input sums to the layer's input
+  Packed<T> by_h[kMostLayers];      // from those of the recurrent sums (and of the query) to h
   Packed<T> by_query, by_attended;  // W_q and W_c, where attention comes after the cell
   StepRows<T> dsums[kMostLayers];   // [Row blocks][H], then of the top layer the query's gradient
   StepRows<T> dquery;               // K wide
@@ -199,8 +199,8 @@ struct DecoderBackwardLoop {
       add_rows<T>(dh, dh, task.dout + i * s.H, s.H);
       const T* c_prev = nullptr;
       if constexpr (Cell::kStates == 2) {
-        c_prev = t ? a.saved.cells[l].at(t - 1, b) + Cell::kSavedC * s.H
-                   : a.c0 + (l * s.B + b) * s.H;
+        c_prev =
+            t ? a.saved.cells[l].at(t - 1, b) + Cell::kSavedC * s.H : a.c0 + (l * s.B + b) * s.H;
       }
       task.cells[i] = {a.saved.cells[l].at(t, b), a.saved.h[l].at(t, b), c_prev, dh, dc_of(l, b),
                        task.carried + i * s.H,    dsums[l].at(t, b)};

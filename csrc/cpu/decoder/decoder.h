@@ -1,7 +1,7 @@
 // A recurrent decoder with attention over a whole target sequence.
 //
-// T steps, B sequences, S source positions, E the width of an input, H hidden units, L layers, K the
-// width of queries and keys, C of values and contexts, A of the attentional vector, V tokens.
+// T steps, B sequences, S source positions, E the width of an input, H hidden units, L layers, K
+// the width of queries and keys, C of values and contexts, A of the attentional vector, V tokens.
 //
 // Attention before the cell (Bahdanau): the query is the top layer's h of the step before, the
 // context stands beside the input of the first layer, features are [h | context]. After it (Luong):
@@ -81,13 +81,14 @@ struct DecoderSaved {
 
 template <class T>
 struct DecoderForward : DecoderInputs<T> {
-  const int64_t* tokens;   // [B, T] or null
-  const uint8_t* forced;   // [T]: whether a step's token is given, else the likeliest is fed; or null
-  int64_t* used;           // [B, used_row]: the tokens that were fed; or null
-  int64_t used_row;        // T, or T + 1: and the likeliest after the last step
-  const T* w_out;          // [V, features], to find the likeliest by; or null
-  const T* b_out;          // [V] or null
-  int64_t end_token;       // a sequence that has brought it forth stops; -1: none does
+  const int64_t* tokens;  // [B, T] or null
+  const uint8_t*
+      forced;         // [T]: whether a step's token is given, else the likeliest is fed; or null
+  int64_t* used;      // [B, used_row]: the tokens that were fed; or null
+  int64_t used_row;   // T, or T + 1: and the likeliest after the last step
+  const T* w_out;     // [V, features], to find the likeliest by; or null
+  const T* b_out;     // [V] or null
+  int64_t end_token;  // a sequence that has brought it forth stops; -1: none does
   DecoderSaved<T> saved;
   bool save;
   StepRows<T> features;

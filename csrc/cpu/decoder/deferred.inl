@@ -80,7 +80,7 @@ struct DecoderDeferred {
       T* out = a.dvalues + b * s.S * s.C;
       for (int64_t i = end * s.C; i < s.S * s.C; ++i) out[i] = 0;
       const Gemm<T> g = of_source(b, a.weights.at(0, b), a.weights.step, loop.dcontext.at(0, b),
-                            loop.dcontext.step, s.C, out);
+                                  loop.dcontext.step, s.C, out);
       gemm_part(g, 0, 1, blocks);
     }
     if (!a.dkeys && !a.dv) return;
@@ -89,14 +89,14 @@ struct DecoderDeferred {
     const T* query = loop.query_of(0, b);
     const int64_t query_step = loop.query_step();
     if (s.dot) {
-      const Gemm<T> g = of_source(b, loop.dscores.at(0, b), loop.dscores.step, query, query_step,
-                                  s.K, out);
+      const Gemm<T> g =
+          of_source(b, loop.dscores.at(0, b), loop.dscores.step, query, query_step, s.K, out);
       gemm_part(g, 0, 1, blocks);
       return;
     }
     for (int64_t k = 0; k < s.K; ++k) dv[k] = 0;
-    const ScoredQueries<T> queries{s.T,     query, query_step, loop.dscores.at(0, b),
-                                   loop.dscores.step, nullptr, 0};
+    const ScoredQueries<T> queries{
+        s.T, query, query_step, loop.dscores.at(0, b), loop.dscores.step, nullptr, 0};
     additive_source_gradients<T>(queries, a.keys + b * s.S * s.K, s.K, nullptr, 0, end, s.K, a.v,
                                  out, s.K, dv);
   }

@@ -37,19 +37,20 @@ struct DecoderForwardLoop {
   const DecoderForward<T>& a;
   const DecoderShape& s;
   Packed<T> by_x[kMostLayers];  // W_ih
-  Packed<T> by_h[kMostLayers];  // W_hh, and W_q below that of the top layer where it reads the same h
+  Packed<T>
+      by_h[kMostLayers];  // W_hh, and W_q below that of the top layer where it reads the same h
   Packed<T> by_out, by_attended;  // W_q, W_c, where attention comes after the cell
   T* bias[kMostLayers];
 
   struct Task {
     int64_t b0, b1;
-    int64_t* live;    // the sequences that go on
+    int64_t* live;  // the sequences that go on
     const T** from;
-    T* from_x;        // [rows, G*H]
-    T* from_h;        // [rows, G*H + K]
+    T* from_x;  // [rows, G*H]
+    T* from_h;  // [rows, G*H + K]
     CellForwardRow<Cell, T>* cells;
-    T* c;             // [L, rows, H]
-    T* query;         // [rows, K], where it is not saved
+    T* c;      // [L, rows, H]
+    T* query;  // [rows, K], where it is not saved
     T* best;
     int64_t* likeliest;
   };
@@ -156,8 +157,12 @@ struct DecoderForwardLoop {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = task.live[i];
       T* c = Cell::kStates == 2 ? c_of(task, l, b) : nullptr;
-      task.cells[i] = {task.from_x + i * gates(),    task.from_h + i * width, a.saved.h[l].at(t, b), c,
-                       a.saved.h[l].at(t + 1, b), c,
+      task.cells[i] = {task.from_x + i * gates(),
+                       task.from_h + i * width,
+                       a.saved.h[l].at(t, b),
+                       c,
+                       a.saved.h[l].at(t + 1, b),
+                       c,
                        a.save ? a.saved.cells[l].at(t, b) : nullptr};
     }
     cell_rows(task.cells, count, s.H, bias[l]);

@@ -90,8 +90,8 @@ void pack_all(Packed<T>* const* packed, int count, const Threads& threads) {
   });
 }
 
-// The likeliest of N outcomes of each of a few rows: largest a . w[n] + b[n], the first of equals; a
-// NaN counts as the largest. Straight from [N, K] weights, which are read once.
+// The likeliest of N outcomes of each of a few rows: largest a . w[n] + b[n], the first of equals;
+// a NaN counts as the largest. Straight from [N, K] weights, which are read once.
 template <class T>
 struct Likeliest {
   static constexpr int kMostRows = 4, kMostOutcomes = FASTSEQ_VECTOR_BYTES == 64 ? 6 : 3;
