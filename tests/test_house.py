@@ -24,7 +24,7 @@ MAX_LINES = 600
 # import each other. "fastseq" is the package's own __init__.
 TIERS = [
     {"version", "_files", "reference", "kernels"},
-    {"_native", "testing", "testing_attention"},
+    {"_native", "testing", "testing_attention", "testing_decoder"},
     {"ops"},
     {"backends"},
     {"functional"},
@@ -41,6 +41,7 @@ HEIGHT = {unit: height for height, units in enumerate(TIERS) for unit in units}
 # Units that know less than their height would allow.
 ONLY = {"reference": set(), "kernels": set(), "testing": {"reference"}, "_files": set()}
 ONLY["testing_attention"] = set()
+ONLY["testing_decoder"] = {"reference"}
 
 
 def python_files() -> list[Path]:
@@ -209,6 +210,7 @@ def public_modules() -> list[str]:
         "fastseq.reference.scores",
         "fastseq.testing",
         "fastseq.testing_attention",
+        "fastseq.testing_decoder",
     ]
 
 
