@@ -65,10 +65,29 @@ class Rows:
         outputs, state = encoded if attends else (None, encoded)
         self._state = (state,) if isinstance(state, Tensor) else tuple(state)
         self._step = _prepare(decoder, outputs, mask) if attends else decoder
+        self._source = (outputs, mask)
+        self._generate = getattr(decoder, "generate", None) if attends else None
         self.sources = torch.arange(src.shape[0], device=src.device)
         """Which of the given sources are left, [B], int64."""
         self.no_weights = outputs.new_empty(src.shape[0], 0, src.shape[1]) if attends else None
         """Attention weights of no steps, [B, 0, S]; None for a model without attention."""
+
+    def greedy(
+        self, start: Tensor, max_length: int, end_token: int | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Tokens [B, N] and weights [B, N, S] of the likeliest tokens, by the decoder itself; None
+        where it has no loop of its own for that."""
+        if self._generate is None or max_length == 0 or start.shape[0] == 0:
+            return None
+        found = self._generate(start, max_length, *self._state, *self._source, end_token)
+        if found is None or end_token is None:
+            return found
+        tokens, weights = found
+        ended = (tokens == end_token).cumsum(1)
+        # What follows a row's first end is padding; steps after the last row's end are cut.
+        steps = int((ended == 0).sum(1).max()) + 1
+        tokens = tokens.masked_fill((ended - (tokens == end_token).long()) > 0, PAD)
+        return tokens[:, :steps], weights[:, :steps]
 
     def step(self, token: Tensor) -> tuple[Tensor, Tensor | None]:
         """Advance by a token a row, [W * B]: logits [W * B, V] and weights [W * B, S], if any."""

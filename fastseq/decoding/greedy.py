@@ -54,7 +54,10 @@ def greedy(
         raise ValueError(
             "fastseq.greedy: expected return_weights = False for a model without attention"
         )
-    tokens, weights = write(
+    found = None
+    if eos is None or isinstance(eos, int):
+        found = rows.greedy(start, max_length, eos)
+    tokens, weights = found or write(
         rows, start, ends, max_length, lambda logits: logits.argmax(1), return_weights
     )
     return (tokens, weights) if return_weights else tokens

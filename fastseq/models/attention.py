@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastseq import nn
+from fastseq import backends, nn
 from fastseq.functional import attention_decoder
 from fastseq.models._steps import (
     after_start,
@@ -289,6 +289,50 @@ class Decoder(nn.Module):
         # In halves: the longer the one sum over all tokens, the worse fc's gradients.
         features = decoded.features.split(-(-len(coins) // 2), dim=1)
         return torch.cat([self.fc(half) for half in features], dim=1)
+
+    def generate(
+        self,
+        start: Tensor,
+        max_length: int,
+        hidden: Tensor,
+        cell: Tensor,
+        encoder_outputs: Tensor,
+        mask: Tensor | None = None,
+        end_token: int | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Greedy decoding in one call, without gradients; None where the loop is not one.
+
+        Args:
+            start: the first token of each row, [B], int64.
+            max_length: how many tokens to write, at least 1.
+            hidden, cell: the encoder's state, [1, B, H].
+            encoder_outputs: [B, S, H].
+            mask: [B, S], bool, True = attend; None: all.
+            end_token: ends a row; it then repeats to the end. None: none ends.
+
+        Returns:
+            tokens [B, max_length] and attention weights [B, max_length, S], zero past a row's end.
+        """
+        if not self._in_one_call(False):
+            return None
+        if backends.recurrent_obstacle("lstm", encoder_outputs, (hidden,)) is not None:
+            return None
+        query_weight, keys = self.attention.split(encoder_outputs)
+        decoded = attention_decoder(
+            start.unsqueeze(1).expand(-1, max_length).contiguous(),
+            (hidden, cell),
+            keys,
+            encoder_outputs,
+            self.lstm.all_weights[0],
+            query_weight=query_weight,
+            v=self.attention.v.weight[0],
+            mask=mask,
+            embedding=self.embedding.weight,
+            forced=(True, *[False] * max_length),
+            output=(self.fc.weight, self.fc.bias),
+            end_token=end_token,
+        )
+        return decoded.tokens[:, 1:], decoded.weights
 
     def _in_one_call(self, forced: bool) -> bool:
         """Whether the parts are what :class:`Decoder` made them, so that the loop is one call.

@@ -9,12 +9,15 @@ from __future__ import annotations
 import torch.nn as _torch_nn
 
 from fastseq.nn import cells as _cells
+from fastseq.nn import decoder as _decoder
 from fastseq.nn import loss as _loss
 from fastseq.nn import rnn as _rnn
 from fastseq.nn import scores as _scores
 
 _OURS = {
-    name: getattr(home, name) for home in (_cells, _loss, _rnn, _scores) for name in home.__all__
+    name: getattr(home, name)
+    for home in (_cells, _decoder, _loss, _rnn, _scores)
+    for name in home.__all__
 }
 globals().update(_OURS)
 

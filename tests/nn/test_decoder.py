@@ -1,0 +1,119 @@
+"""nn.AttentionDecoder: every option against the plain loop, greedy decoding, bad arguments."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+
+import fastseq
+from fastseq import nn
+from fastseq.testing import assert_close_to_reference
+
+OPTIONS = [
+    {"cell": cell, "score": score, **order}
+    for cell, score, order in itertools.product(
+        ("lstm", "gru", "rnn_tanh", "rnn_relu"),
+        ("additive", "general", "dot"),
+        (
+            {},
+            {"num_layers": 2, "residual": True},
+            {"order": "after"},
+            {"order": "after", "input_feeding": True, "num_layers": 3, "bias": False},
+        ),
+    )
+]
+
+
+def make(**options):
+    torch.manual_seed(1)
+    C = 6 if options.get("score") == "dot" else 5
+    module = nn.AttentionDecoder(11, 4, 6, C, dtype=torch.float64, **options)
+    L = options.get("num_layers", 1)
+    states = 2 if options.get("cell", "lstm") == "lstm" else 1
+    hx = tuple(torch.randn(L, 3, 6, dtype=torch.float64) for _ in range(states))
+    outputs = torch.randn(3, 7, C, dtype=torch.float64, requires_grad=True)
+    return module, torch.randint(11, (3, 5)), hx, outputs
+
+
+def results(module, tokens, hx, outputs, **more):
+    logits, states, weights = module(tokens, hx, outputs, **more)
+    leaves = [outputs, *module.parameters()]
+    total = logits.sin().sum() + weights.square().sum() + sum(s.sum() for s in states)
+    return [logits, *states, weights, *torch.autograd.grad(total, leaves)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_options_against_the_plain_loop(options):
+    arguments = make(**options)
+    mask = torch.rand(3, 7) > 0.3
+    mask[0] = False
+    for more in ({}, {"mask": mask}, {"forced": (True, False, True, False, False)}):
+        got = results(*arguments, **more)
+        with fastseq.use_backend("torch"):
+            expected = results(*arguments, **more)
+        for one, other in zip(got, expected, strict=True):
+            assert_close_to_reference(one, other, terms=2000)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_greedy_decoding_is_feeding_the_likeliest(order):
+    module, _, hx, outputs = make(order=order)
+    start = torch.tensor([1, 2, 3])
+    tokens, weights = module.generate(start, hx, outputs, 6)
+    fed, expected = start.unsqueeze(1), []
+    for _ in range(6):
+        logits, _, attended = module(fed, hx, outputs)
+        expected.append(logits[:, -1].argmax(1))
+        fed = torch.cat((fed, expected[-1].unsqueeze(1)), dim=1)
+    assert torch.equal(tokens, torch.stack(expected, dim=1))
+    assert_close_to_reference(weights, attended, terms=100)
+    end = int(tokens[1, 2])
+    stopped, _ = module.generate(start, hx, outputs, 6, end_token=end)
+    for row, whole in zip(stopped.tolist(), tokens.tolist(), strict=True):
+        n = whole.index(end) + 1 if end in whole else 6
+        assert row == whole[:n] + [end] * (6 - n)
+
+
+def test_features_are_what_the_output_layer_reads():
+    module, tokens, hx, outputs = make()
+    features, _, _ = module.features(tokens, hx, outputs)
+    assert torch.equal(module.fc(features), module(tokens, hx, outputs)[0])
+
+
+def test_copies_and_state():
+    module, tokens, hx, outputs = make(order="after", num_layers=2)
+    expected = module(tokens, hx, outputs)[0]
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(tokens, hx, outputs)[0], expected)
+    fresh = nn.AttentionDecoder(11, 4, 6, 5, order="after", num_layers=2, dtype=torch.float64)
+    fresh.load_state_dict(module.state_dict())
+    assert torch.equal(fresh(tokens, hx, outputs)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cell": "peephole"}, "cell"),
+        ({"score": "concat"}, "score"),
+        ({"order": "behind"}, "order"),
+        ({"input_feeding": True}, "input_feeding"),
+        ({"score": "dot", "context_size": 4}, "context_size"),
+    ],
+)
+def test_bad_options(options, said):
+    with pytest.raises(ValueError, match=said):
+        nn.AttentionDecoder(11, 4, 6, **options)
+
+
+def test_bad_arguments():
+    module, tokens, hx, outputs = make()
+    with pytest.raises(IndexError, match="0..10"):
+        module(tokens + 11, hx, outputs)
+    with pytest.raises(ValueError, match="tokens of shape"):
+        module(tokens, tuple(h[:, :2] for h in hx), outputs)
+    with pytest.raises(ValueError, match="max_length"):
+        module.generate(tokens[:, 0], hx, outputs, 0)
