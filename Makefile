@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc kernels fastseq -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test bench wheel try-wheel lint format gpu build clean
+.PHONY: demo test bench wheel try-wheel docs lint format gpu build clean
 
 demo: build
 	$(BIN)/fastseq demo
@@ -31,6 +31,12 @@ wheel: build
 # Fetches gigabytes: each torch comes with the libraries it wants.
 try-wheel: wheel
 	$(BIN)/python -m tests.try_wheel $(DIST)/*.whl --torch $(TORCHES)
+
+# The guide and the reference, as pages in build/docs.
+docs: build
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r docs/requirements.txt
+	$(BIN)/python -m sphinx -q -W --keep-going -E -b html docs build/docs
+	@echo build/docs/index.html
 
 # Needs a machine with a GPU and a CUDA build of torch for its python3; no network.
 gpu:

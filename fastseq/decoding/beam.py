@@ -75,10 +75,10 @@ def beam_search(
         no_repeat_ngram: no target holds the same sequence of so many tokens twice; 0: it may.
 
     Returns:
-        tokens: [B, n_best, N], int64, best first, N <= max_length: without the start token, with
-            ``eos`` where it came, and <pad> = 0 after it.
-        scores: [B, n_best], as above; minus infinity where there are no more; float64.
-        lengths: [B, n_best], int64: l, tokens with ``eos``.
+        A :class:`Beams` of ``tokens`` [B, n_best, N], int64, best first, N <= max_length: without
+        the start token, with ``eos`` where it came, and <pad> = 0 after it; ``scores`` [B, n_best],
+        as above, minus infinity where there are no more, float64; and ``lengths`` [B, n_best],
+        int64: l, tokens with ``eos``.
 
     Raises:
         ValueError: an option out of range, ``bos`` or ``eos`` of another shape, ``lengths`` out of

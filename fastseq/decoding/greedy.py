@@ -37,9 +37,8 @@ def greedy(
         return_weights: return the attention weights too.
 
     Returns:
-        tokens: [B, N], int64, N <= max_length: without the start token, with ``eos`` where it came,
-            and <pad> = 0 after it.
-        weights: only if asked for: [B, N, S]; zero after a row's end.
+        Tokens [B, N], int64, N <= max_length: without the start token, with ``eos`` where it came,
+        and <pad> = 0 after it. If asked for, the weights too, [B, N, S]; zero after a row's end.
 
     Raises:
         ValueError: negative ``max_length``, ``bos`` or ``eos`` of another shape, ``lengths`` out of

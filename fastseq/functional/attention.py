@@ -53,7 +53,7 @@ def additive_attention(
         values: what is averaged, [B, S, C]; finite at masked positions too, as keys and extra.
         v: [K].
         bias: [K], or None.
-        g: a scalar that replaces v by g v / |v|, or None.
+        g: a scalar that replaces v by ``g v / |v|``, or None.
         extra: a further term inside the tanh, [B, S, K], such as location, coverage or cumulative
             attention features; or None.
         lengths: source positions that count, [B], integers in 0..S; None: all.

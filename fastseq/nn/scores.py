@@ -99,7 +99,7 @@ class AdditiveAttention(_TanhAttention):
     Args:
         query_dim, key_dim, attention_dim: H, E and K.
         bias: whether b is there; it belongs to ``key_proj``.
-        normalize: whether a scalar g takes the length of v over: g v / |v|, g = sqrt(1 / K) at
+        normalize: whether a scalar g takes the length of v over: ``g v / |v|``, g = sqrt(1 / K) at
             first.
         scale: multiplies the scores.
 

@@ -83,7 +83,7 @@ def attend(scores: Tensor, values: Tensor, where: Tensor | None) -> tuple[Tensor
 
 
 def normalized(v: Tensor, g: Tensor | None) -> Tensor:
-    """v [K] itself, or g v / |v| with a scalar ``g``."""
+    """v [K] itself, or ``g v / |v|`` with a scalar ``g``."""
     return v if g is None else v * (g / torch.linalg.vector_norm(v))
 
 
