@@ -27,6 +27,7 @@ from fastseq.models._steps import (
     decode_by_steps,
     draw_coins,
     embed,
+    in_halves,
     is_lookup,
     is_one_layer,
 )
@@ -263,9 +264,35 @@ class Decoder(nn.Module):
             Logits, [B, T-1, V].
         """
         forced = (True, *coins[:-1])
-        if not self._in_one_call(all(forced)):
+        if not (computes_as(self, Decoder) and self._in_one_call(all(forced))):
             step = self.stepper(encoder_outputs, mask)
             return decode_by_steps(step, trg, coins, hidden, cell)
+        return in_halves(self.fc, self.features(trg, coins, hidden, cell, encoder_outputs, mask))
+
+    def features(
+        self,
+        trg: Tensor,
+        coins: Sequence[bool],
+        hidden: Tensor,
+        cell: Tensor,
+        encoder_outputs: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """What ``fc`` makes the logits of :meth:`decode` of: output and context, [B, T-1, 2H].
+
+        Arguments as there.
+
+        Raises:
+            NotImplementedError: this decoder has hooks or a forward of its own, or so has a part.
+        """
+        forced = (True, *coins[:-1])
+        if not (computes_as(self, Decoder) and self._in_one_call(all(forced))):
+            raise NotImplementedError(
+                "fastseq.models.attention.features: expected a decoder and parts without hooks or "
+                "a forward of their own; call the model for its logits instead"
+            )
+        if not coins:
+            return self.fc.weight.new_empty(trg.shape[0], 0, self.fc.in_features)
         if mask is not None:
             check_mask(mask, *encoder_outputs.shape[:2])
         query_weight, keys = self.attention.split(encoder_outputs)
@@ -276,7 +303,7 @@ class Decoder(nn.Module):
             output = (self.fc.weight, self.fc.bias)
             table = self.embedding.weight
             fed = {"input": tokens, "embedding": table, "forced": forced, "output": output}
-        decoded = attention_decoder(
+        return attention_decoder(
             **fed,
             hx=(hidden, cell),
             keys=keys,
@@ -285,10 +312,7 @@ class Decoder(nn.Module):
             query_weight=query_weight,
             v=self.attention.v.weight[0],
             mask=mask,
-        )
-        # In halves: the longer the one sum over all tokens, the worse fc's gradients.
-        features = decoded.features.split(-(-len(coins) // 2), dim=1)
-        return torch.cat([self.fc(half) for half in features], dim=1)
+        ).features
 
     def generate(
         self,
@@ -437,18 +461,42 @@ class Seq2Seq(nn.Module):
             TypeError, ValueError: ``lengths`` of another kind, shape or range.
             ValueError: ``trg`` of another number of dimensions.
         """
+        prepared = self._prepare(src, trg, teacher_forcing_ratio, lengths)
+        decoder, logits = self.decoder, None
+        trg, coins, hidden, cell, *source = prepared
+        if coins and computes_as(decoder, Decoder):
+            logits = decoder.decode(*prepared)
+        elif coins:
+            logits = decode_by_steps(
+                lambda *state: decoder(*state, *source), trg, coins, hidden, cell
+            )
+        return after_start(logits, trg, decoder.fc)
+
+    def features(
+        self,
+        src: Tensor,
+        trg: Tensor,
+        teacher_forcing_ratio: float = 0.5,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """What the output layer ``decoder.fc`` reads for positions 1..T-1, [B, T-1, 2H].
+
+        Arguments and errors are those of :meth:`forward`, whose logits are the layer's.
+
+        Raises:
+            NotImplementedError: the decoder or a part has hooks or a forward of its own.
+        """
+        return self.decoder.features(*self._prepare(src, trg, teacher_forcing_ratio, lengths))
+
+    def _prepare(
+        self, src: Tensor, trg: Tensor, ratio: float, lengths: Tensor | None
+    ) -> tuple[Tensor, list[bool], Tensor, Tensor, Tensor, Tensor | None]:
+        """The arguments of the decoder's loop: the source is read, the coins are drawn."""
         check_target(src, trg, "models.attention.Seq2Seq")
         lengths = _unless_full(lengths, src)
         encoder_outputs, (hidden, cell) = self.encoder(src, lengths)
         mask = None
         if lengths is not None:
             mask = length_mask(lengths.to(encoder_outputs.device), src.shape[1])
-        coins = draw_coins(trg.shape[1] - 1, teacher_forcing_ratio)
-        decoder, logits = self.decoder, None
-        if coins and computes_as(decoder, Decoder):
-            logits = decoder.decode(trg, coins, hidden, cell, encoder_outputs, mask)
-        elif coins:
-            logits = decode_by_steps(
-                lambda *state: decoder(*state, encoder_outputs, mask), trg, coins, hidden, cell
-            )
-        return after_start(logits, trg, decoder.fc)
+        coins = draw_coins(trg.shape[1] - 1, ratio)
+        return trg, coins, hidden, cell, encoder_outputs, mask

@@ -71,8 +71,9 @@ def test_dropout_draws_what_the_reference_draws(
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
-def test_the_output_layer_of_the_features_gives_the_logits(ratio, make_pair):
-    _, fast = make_pair("bahdanau")
+@pytest.mark.parametrize("kind", ["attention", "bahdanau"])
+def test_the_output_layer_of_the_features_gives_the_logits(kind, ratio, make_pair):
+    _, fast = make_pair(kind)
     src, trg, lengths = _tokens(3, 4), _tokens(3, 6), torch.tensor([4, 2, 3])
     random.seed(2)
     logits = fast(src, trg, ratio, lengths)
@@ -85,13 +86,14 @@ def test_the_output_layer_of_the_features_gives_the_logits(ratio, make_pair):
     assert fast.features(src, trg[:, :1]).shape == (3, 0, fast.decoder.fc.in_features)
 
 
-def test_features_of_a_decoder_that_has_to_be_called_are_refused(make_pair):
-    reference, fast = make_pair("bahdanau")
+@pytest.mark.parametrize("kind", ["attention", "bahdanau"])
+def test_features_of_a_decoder_that_has_to_be_called_are_refused(kind, make_pair):
+    reference, fast = make_pair(kind)
     src, trg = _tokens(2, 3), _tokens(2, 4)
     with pytest.raises(AttributeError):
         type(fast)(fast.encoder, reference.decoder).features(src, trg)
     fast.decoder.register_forward_hook(lambda *_: None)
-    with pytest.raises(NotImplementedError, match="without hooks or a forward of its own"):
+    with pytest.raises(NotImplementedError, match="without hooks or a forward of"):
         fast.features(src, trg)
 
 
