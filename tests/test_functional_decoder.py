@@ -330,3 +330,12 @@ class TestOp:
         got = run_with_grads(compiled, case.inputs, case.cotangents)
         for name, tensor in expected.items():
             assert torch.equal(tensor, got[name]), name
+
+
+def test_autocast_lowers_every_argument():
+    case = decoder_case(after=True, feeds=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = case.run(functional)
+    expected = case.to(torch.bfloat16).run(functional)
+    assert got.features.dtype == torch.bfloat16
+    assert torch.equal(got.features, expected.features)

@@ -110,6 +110,15 @@ def attention_decoder(
     input feeding, Luong, Pham and Manning 2015, sections 3 and 3.3; residual layers, Wu et al.
     2016, section 3.1; scheduled sampling, Bengio et al. 2015.
     """
+    if torch.is_autocast_enabled(values.device.type):
+        # In the dtype of the products inside, as torch's own modules would run them.
+        lower = _lowered(values)
+        input, keys, values, embedding = map(lower, (input, keys, values, embedding))
+        query_weight, v, feed = map(lower, (query_weight, v, feed))
+        hx, params = tuple(map(lower, hx)), list(map(lower, params))
+        combine, output = (
+            None if pair is None else tuple(map(lower, pair)) for pair in (combine, output)
+        )
     arguments = {
         "cell": cell, "has_biases": has_biases, "query_weight": query_weight, "v": v,
         "combine": combine, "input_feeding": input_feeding, "feed": feed, "residual": residual,
@@ -161,6 +170,17 @@ def attention_decoder(
 
 _NATIVE = (torch.float32, torch.float64)
 _FLOATING = (*_NATIVE, torch.bfloat16, torch.float16)
+
+
+def _lowered(like: Tensor):
+    """What takes a tensor, where it is one of a floating dtype but float64, to that of autocast."""
+    dtype = torch.get_autocast_dtype(like.device.type)
+
+    def lower(t):
+        narrow = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if narrow else t
+
+    return lower
 
 
 def _detached(t: Tensor | None) -> Tensor | None:

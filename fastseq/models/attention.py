@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastseq import backends, nn
-from fastseq.functional import attention_decoder
+from fastseq.functional.decoder import Decoded, attention_decoder
 from fastseq.models._steps import (
     after_start,
     check_source,
@@ -286,7 +286,7 @@ class Decoder(nn.Module):
             NotImplementedError: this decoder has hooks or a forward of its own, or so has a part.
         """
         forced = (True, *coins[:-1])
-        if not (computes_as(self, Decoder) and self._in_one_call(all(forced))):
+        if not (computes_as(self, Decoder) and self._in_one_call(True)):
             raise NotImplementedError(
                 "fastseq.models.attention.features: expected a decoder and parts without hooks or "
                 "a forward of their own; call the model for its logits instead"
@@ -296,23 +296,38 @@ class Decoder(nn.Module):
         if mask is not None:
             check_mask(mask, *encoder_outputs.shape[:2])
         query_weight, keys = self.attention.split(encoder_outputs)
-        tokens = trg[:, : len(forced)]
+
+        def run(input: Tensor, state: tuple[Tensor, ...], **fed: object) -> Decoded:
+            return attention_decoder(
+                input,
+                state,
+                keys,
+                encoder_outputs,
+                self.lstm.all_weights[0],
+                query_weight=query_weight,
+                v=self.attention.v.weight[0],
+                mask=mask,
+                **fed,
+            )
+
+        tokens, state = trg[:, : len(forced)], (hidden, cell)
+        where = "models.attention.Decoder"
         if all(forced):
-            fed = {"input": embed(self.embedding, tokens, "models.attention.Decoder")}
-        else:
+            return run(embed(self.embedding, tokens, where), state).features
+        if self._in_one_call(False):
             output = (self.fc.weight, self.fc.bias)
             table = self.embedding.weight
-            fed = {"input": tokens, "embedding": table, "forced": forced, "output": output}
-        return attention_decoder(
-            **fed,
-            hx=(hidden, cell),
-            keys=keys,
-            values=encoder_outputs,
-            params=self.lstm.all_weights[0],
-            query_weight=query_weight,
-            v=self.attention.v.weight[0],
-            mask=mask,
-        ).features
+            return run(tokens, state, embedding=table, forced=forced, output=output).features
+        found: list[Tensor] = []
+        for t, given in enumerate(forced):
+            token = tokens[:, t : t + 1]
+            if not given:
+                with torch.no_grad():
+                    token = self.fc(found[-1]).argmax(2)
+            decoded = run(embed(self.embedding, token, where), state)
+            state = decoded.states
+            found.append(decoded.features)
+        return torch.cat(found, dim=1)
 
     def generate(
         self,
