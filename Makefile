@@ -7,7 +7,7 @@ TORCHES ?= 2.10.0 2.14.1
 DIST ?= dist
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc kernels fastseq -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+SOURCES := $(shell find csrc kernels fastseq -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench wheel try-wheel docs lint format gpu build clean
 
@@ -45,12 +45,12 @@ gpu:
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 build: $(VENV)/built
 

@@ -2,8 +2,9 @@
 
 The library uses torch's stable ABI and no Python API: one file serves every Python, and every torch
 from TORCH_TARGET on. Without a compiler or torch headers the package installs all the same, and
-runs on plain PyTorch. Environment: CXX, CXXFLAGS; FASTSEQ_REQUIRE_NATIVE=1 makes a failed build an
-error.
+runs on plain PyTorch. With CUDA's compiler, nvcc, it holds the GPU's kernels too; that takes neither
+a GPU nor a CUDA build of torch. Environment: CXX, CXXFLAGS, NVCC; FASTSEQ_CUDA=0 leaves out what is
+for a GPU; FASTSEQ_REQUIRE_NATIVE=1 makes a failed build an error.
 """
 
 import os
@@ -37,6 +38,14 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
 }
 
+# Machine code for Ampere, Hopper and Blackwell, and PTX for what comes later. The same rule on FMAs,
+# and the exact functions of CUDA's maths library.
+NVCCFLAGS = (
+    "-std=c++17 -O3 -fmad=false -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall "
+    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a "
+    "-gencode arch=compute_100,code=sm_100 -gencode arch=compute_100,code=compute_100"
+).split()
+
 
 def find_torch() -> Path | None:
     """Torch's folder in the environment built for, also from inside an isolated build."""
@@ -68,6 +77,9 @@ class NinjaBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
         torch = find_torch()
+        nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+        if os.environ.get("FASTSEQ_CUDA") == "0":
+            nvcc = None
         isas, left_out = [], []
         if not cxx or not compiles(cxx, []):
             left_out.append(f"native library: no C++17 compiler found ({cxx or 'set CXX'})")
@@ -75,13 +87,14 @@ class NinjaBuild(build_ext):
             left_out.append("native library: no torch >= 2.10 in the environment built for")
         else:
             isas = self.usable_isas(cxx, left_out)
-            self.run_ninja(cxx, torch, isas, output)
+            self.run_ninja(cxx, nvcc, torch, isas, output)
         if not isas and os.environ.get("FASTSEQ_REQUIRE_NATIVE") == "1":
             raise RuntimeError("fastseq: " + "; ".join(left_out))
-        left_out.append(
-            "CUDA C++ kernels: none yet; recurrent layers on a GPU run on PyTorch's own"
-        )
+        if isas and not nvcc:
+            left_out.append("CUDA C++ kernels: no nvcc, or FASTSEQ_CUDA=0; GPUs run PyTorch's own")
         print(f"fastseq: built CPU kernels for: {' '.join(isas) or 'nothing'} (compiler: {cxx})")
+        if isas and nvcc:
+            print(f"fastseq: built GPU kernels for: sm_80 sm_90a sm_100 and PTX (compiler: {nvcc})")
         for line in left_out:
             print(f"fastseq: left out {line}")
 
@@ -97,7 +110,9 @@ class NinjaBuild(build_ext):
                 usable.append(isa)
         return usable
 
-    def run_ninja(self, cxx: str, torch: Path, isas: list[str], output: Path) -> None:
+    def run_ninja(
+        self, cxx: str, nvcc: str | None, torch: Path, isas: list[str], output: Path
+    ) -> None:
         import ninja
         from ninja import ninja_syntax
 
@@ -105,6 +120,8 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         extra = os.environ.get("CXXFLAGS", "").split()
         have = [f"-DFASTSEQ_HAVE_{isa.upper()}" for isa in isas]
+        if nvcc:
+            have.append("-DFASTSEQ_HAVE_CUDA")
         version_hex = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
         torch_flags = [f"-DTORCH_TARGET_VERSION={version_hex}", f"-isystem {torch}/include"]
         sources = {
@@ -113,6 +130,8 @@ class NinjaBuild(build_ext):
             **{path: [] for path in (ROOT / "csrc").glob("*.cpp")},
             **{path: torch_flags for path in (ROOT / "csrc/ops").glob("*.cpp")},
         }
+        if nvcc:
+            sources |= {path: [] for path in (ROOT / "csrc/cuda").rglob("*.cpp")}
         objects = {
             str(source.relative_to(ROOT / "csrc").with_suffix(".o")): (source, flags)
             for source, flags in sources.items()
@@ -130,8 +149,25 @@ class NinjaBuild(build_ext):
             for name, (source, flags) in sorted(objects.items()):
                 all_flags = " ".join([*CXXFLAGS, *have, *flags, *extra])
                 writer.build(name, "compile", str(source), variables={"flags": all_flags})
-            libs = f"-L{torch}/lib -ltorch -ltorch_cpu -lc10 -pthread"
-            writer.build(LIBRARY, "link", sorted(objects), variables={"libs": libs})
+            made, linker = sorted(objects), "link"
+            if nvcc:
+                # nvcc links: it knows where the CUDA runtime, which goes into the library, lies.
+                linker = "link_cuda"
+                writer.rule(
+                    "compile_cuda",
+                    f"{nvcc} -ccbin {cxx} -MD -MF $out.d {' '.join(NVCCFLAGS)} -c $in -o $out",
+                    depfile="$out.d",
+                )
+                writer.rule(
+                    linker,
+                    f"{nvcc} -ccbin {cxx} -shared -cudart static -Xlinker --exclude-libs,ALL "
+                    "-o $out $in $libs",
+                )
+                for source in sorted((ROOT / "csrc/cuda").rglob("*.cu")):
+                    made.append(str(source.relative_to(ROOT / "csrc").with_suffix(".cu.o")))
+                    writer.build(made[-1], "compile_cuda", str(source))
+            libs = f"-L{torch}/lib -ltorch -ltorch_cpu -lc10 -lpthread"
+            writer.build(LIBRARY, linker, made, variables={"libs": libs})
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", str(folder)], check=True)
         replacement = output.with_suffix(".new")
         shutil.copy2(folder / LIBRARY, replacement)

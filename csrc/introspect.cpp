@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/dispatch.h"
+#include "cuda/recurrent/recurrent.h"
 
 #define FASTSEQ_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -41,6 +42,20 @@ FASTSEQ_EXPORT int fastseq_cell_states(int cell) { return fastseq::cell_info(cel
 FASTSEQ_EXPORT int fastseq_cell_saved(int cell) { return fastseq::cell_info(cell).saved; }
 FASTSEQ_EXPORT int fastseq_cell_params(int cell) { return fastseq::cell_info(cell).params; }
 FASTSEQ_EXPORT int fastseq_cell_masks(int cell) { return fastseq::cell_info(cell).masks; }
+
+// Whether the GPU's kernels are built in, and why they can't run here: null where there is a
+// device.
+#if defined(FASTSEQ_HAVE_CUDA)
+FASTSEQ_EXPORT int fastseq_cuda_built() { return 1; }
+FASTSEQ_EXPORT const char* fastseq_cuda_obstacle() {
+  const char* error = nullptr;
+  fastseq::cuda::device_count(&error);
+  return error;
+}
+#else
+FASTSEQ_EXPORT int fastseq_cuda_built() { return 0; }
+FASTSEQ_EXPORT const char* fastseq_cuda_obstacle() { return "built without nvcc"; }
+#endif
 
 // y[i] = f(x[i]) for i in [0, n). `function`: 0 sigmoid, 1 tanh. Returns 0, or 1 for an instruction
 // set that is not here.

@@ -7,6 +7,7 @@ instruction set than this machine has.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,8 @@ __all__ = [
     "available_isas",
     "build_info",
     "built_isas",
+    "cuda_built",
+    "cuda_obstacle",
     "isa",
     "isa_reason",
     "kernels",
@@ -48,6 +51,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "fastseq_machine_has": number,
         "fastseq_use_isa": number,
         "fastseq_cell_name": text,
+        "fastseq_cuda_built": number,
+        "fastseq_cuda_obstacle": text,
     }.items():
         getattr(handle, name).restype = restype
     return handle, None
@@ -109,6 +114,18 @@ def set_isa(name: str) -> None:
         raise ValueError(f"fastseq.set_isa: expected one of {available_isas()}, got {name!r}")
 
 
+def cuda_built() -> bool:
+    """Whether the library holds the GPU's C++ kernels."""
+    return bool(library().fastseq_cuda_built())
+
+
+@functools.cache
+def cuda_obstacle() -> str | None:
+    """Why those can't run here, in a few words; None where there is a device."""
+    found = library().fastseq_cuda_obstacle()
+    return None if found is None else found.decode()
+
+
 class Cell(NamedTuple):
     """A cell the kernels know: how many of what it has, as in csrc/cell/cell.h."""
 
@@ -154,8 +171,9 @@ def build_info() -> dict[str, str]:
     """How the library was built: compiler, instruction sets in and left out."""
     built = built_isas()
     left_out = [name for name in ("scalar", "avx2", "avx512") if name not in built]
+    left_out += [] if cuda_built() else ["CUDA C++ kernels"]
     return {
         "compiler": library().fastseq_compiler().decode(),
         "isas": " ".join(built),
-        "left out": " ".join([*left_out, "CUDA C++ kernels"]),
+        "left out": " ".join(left_out) or "nothing",
     }

@@ -15,11 +15,13 @@ from fastseq.ops.recurrent import CELLS
 
 __all__ = ["Explanation", "recurrent_obstacle", "use_backend"]
 
-BACKENDS = ("auto", "cpu", "torch")
+BACKENDS = ("auto", "cpu", "cuda", "torch")
 _forced: ContextVar[str] = ContextVar("fastseq_backend", default="auto")
 
 _KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _FORCED_TORCH = "use_backend('torch') is in force"
+# No kernel is anybody's default before it has kept its budgets on a device: csrc/cuda/README.md.
+_UNMEASURED = "the CUDA kernel is not yet measured on a device; use_backend('cuda') runs it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Explanation:
 
     Attributes:
         op: the operation, such as "lstm".
-        backend: "cpu" (fastseq's kernels) or "torch" (PyTorch's own code).
+        backend: "cpu" or "cuda" (fastseq's kernels) or "torch" (PyTorch's own code).
         reason: one sentence.
     """
 
@@ -47,12 +49,13 @@ def use_backend(name: str) -> Iterator[None]:
     Functions compiled by torch.compile are not affected.
 
     Args:
-        name: "auto" (a kernel where one serves, else PyTorch), "cpu" (fastseq's kernels or an
-            error), "torch" (PyTorch's own code).
+        name: "auto" (a kernel where one serves, else PyTorch), "cpu" or "cuda" (fastseq's kernels
+            there or an error), "torch" (PyTorch's own code).
 
     Raises:
         ValueError: another name.
-        RuntimeError: at a call that "cpu" can't serve; the text is that of :func:`fastseq.explain`.
+        RuntimeError: at a call that "cpu" or "cuda" can't serve; the text is that of
+            :func:`fastseq.explain`.
     """
     if name not in BACKENDS:
         raise ValueError(f"fastseq.use_backend: expected one of {BACKENDS}, got {name!r}")
@@ -67,7 +70,7 @@ def recurrent_obstacle(cell: str, x: Tensor, params: Sequence[Tensor]) -> str | 
     """Why no kernel can run a cell on x [..., I] with these weights; None where one can.
 
     Raises:
-        RuntimeError: it can't, and use_backend("cpu") is in force.
+        RuntimeError: it can't, and use_backend("cpu") or ("cuda") is in force.
     """
     # A compiled graph is the same wherever it runs: no choice made around a call enters it.
     compiling = torch.compiler.is_compiling()
@@ -86,7 +89,7 @@ def torch_is_faster(cell: str, x: Tensor, one_step: bool = False) -> str | None:
         x: the input.
         one_step: whether the call is a single step of a cell, x [B, I].
     """
-    if torch.compiler.is_compiling() or _forced.get() == "cpu":
+    if torch.compiler.is_compiling() or _forced.get() in ("cpu", "cuda") or x.is_cuda:
         return None
     # Measured, benchmarks/results/recurrent_cpu.csv: oneDNN uses bfloat16 instructions.
     if cell == "lstm" and x.dtype is torch.bfloat16 and not one_step and x.numel():
@@ -101,11 +104,11 @@ def refuse(cell: str, obstacle: str) -> str:
     """The obstacle, where another backend may run the call.
 
     Raises:
-        RuntimeError: use_backend("cpu") is in force.
+        RuntimeError: use_backend("cpu") or ("cuda") is in force.
     """
-    if not torch.compiler.is_compiling() and _forced.get() == "cpu":
+    if not torch.compiler.is_compiling() and _forced.get() in ("cpu", "cuda"):
         raise RuntimeError(
-            f"fastseq.{cell}: expected a call the cpu backend can run, got: {obstacle}"
+            f"fastseq.{cell}: expected a call the {_forced.get()} backend can run, got: {obstacle}"
         )
     return obstacle
 
@@ -113,12 +116,19 @@ def refuse(cell: str, obstacle: str) -> str:
 def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
     if cell not in CELLS:
         return f"no kernel for {cell} yet" if _native.loaded() else _native.why_not_loaded()
-    if not x.is_cpu:
-        return f"no kernel for {x.device.type} tensors yet"
+    forced = "auto" if compiling else _forced.get()
+    if not (x.is_cpu or x.is_cuda) or forced == ("cuda" if x.is_cpu else "cpu"):
+        return f"no kernel for {x.device.type} tensors" + ("" if forced == "cuda" else " yet")
     first = params[0]
     # The op itself refuses weights that differ among themselves.
-    if not first.is_cpu:
+    if first.device != x.device:
         return "input and weights differ in device"
+    if x.is_cuda:
+        obstacle = _cuda_obstacle(cell, x, params)
+        if obstacle is None and forced != "cuda":
+            obstacle = _UNMEASURED
+        if obstacle is not None:
+            return obstacle
     if x.dtype not in _KERNEL_DTYPES:
         return f"no kernel for {x.dtype}"
     if first.dtype is not x.dtype and not torch.is_autocast_enabled("cpu"):
@@ -134,6 +144,18 @@ def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
     # Tensor subclasses and modes that only look, or make fakes, serve registered ops too.
     if x.layout is not torch.strided:
         return "not a dense tensor"
+    return None
+
+
+def _cuda_obstacle(cell, x, params) -> str | None:
+    if _native.cuda_obstacle() is not None:
+        return f"no CUDA kernel: {_native.cuda_obstacle()}"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the CUDA kernels need compute capability 8.0"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast on a GPU is torch's"
+    if params[1].shape[-1] != params[0].shape[0] // CELLS[cell].gates:
+        return "no CUDA kernel for projections yet"
     return None
 
 
@@ -160,4 +182,6 @@ def recurrent_explanation(
         obstacle = obstacle or torch_is_faster(cell, x, one_step)
     if obstacle is not None:
         return Explanation(cell, "torch", obstacle)
+    if x.is_cuda:
+        return Explanation(cell, "cuda", "the CUDA kernels (use_backend('cuda') is in force)")
     return Explanation(cell, "cpu", f"the {_native.isa()} kernel ({_native.isa_reason()})")

@@ -34,11 +34,19 @@ def report() -> tuple[list[tuple[str, str]], bool]:
             ("compiler", info["compiler"]),
             ("kernels", ", ".join(_native.kernels())),
             ("left out", info["left out"]),
+            ("CUDA kernels", _cuda_kernels()),
             ("instruction sets", f"built: {', '.join(_native.built_isas())}"),
             ("", f"of these this machine has: {', '.join(_native.available_isas())}"),
             ("", f"in use: {_native.isa()} ({_native.isa_reason()})"),
         ]
     return [*rows, ("threads", _threads()), ("gpu", _gpu())], loaded
+
+
+def _cuda_kernels() -> str:
+    obstacle = _native.cuda_obstacle()
+    if not _native.cuda_built():
+        return f"none: {obstacle}"
+    return f"built; {'not here: ' + obstacle if obstacle else 'there is a device'}"
 
 
 def _triton() -> str:

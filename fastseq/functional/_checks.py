@@ -205,14 +205,16 @@ def _check_lengths(cell, lengths, input, batch_first, batch_sizes):
     if batch_sizes is not None:
         raise ValueError(f"fastseq.{cell}: expected lengths or batch_sizes, got both")
     batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
-    if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64 or not lengths.is_cpu:
+    placed = isinstance(lengths, Tensor) and (lengths.is_cpu or lengths.device == input.device)
+    if not placed or lengths.dtype != torch.int64:
         got = f"{lengths.dtype} on {lengths.device}" if isinstance(lengths, Tensor) else lengths
         raise TypeError(f"fastseq.{cell}: expected lengths as int64 [B] on the CPU, got {got}")
     if list(lengths.shape) != [batch]:
         raise ValueError(
             f"fastseq.{cell}: expected lengths of shape [B] = [{batch}], got {list(lengths.shape)}"
         )
-    if torch.compiler.is_compiling() or not batch:
+    # A look at what a GPU holds would wait for it.
+    if torch.compiler.is_compiling() or not batch or not lengths.is_cpu:
         return
     low, high = (int(v) for v in torch.aminmax(lengths))
     if low < 0 or high > steps:

@@ -55,7 +55,7 @@ def lstm(
         bidirectional: whether D is 2.
         batch_first: input and output are [B, T, ...], and so are resets.
         batch_sizes: of a PackedSequence: int64 [T] on the CPU, never increasing.
-        lengths: int64 [B] between 0 and T. Row b runs its first lengths[b] steps: what input holds
+        lengths: int64 [B] between 0 and T, on the CPU or beside input. Row b runs its first lengths[b] steps: what input holds
             beyond them is never read, the output is zero there, the final state is the one after
             the row's own last step, and the reverse direction starts there.
         resets: bool [T, B] ([N] packed): where True, no state crosses from step t - 1 to step t, as
@@ -275,7 +275,8 @@ def stack(cell, input, hx, params, options, *, kernel=True):
     else:
         states = (hx,) if isinstance(hx, Tensor) else hx
     rounded = None
-    if kernel:
+    # (A GPU's kernels widen halves themselves.)
+    if kernel and not x.is_cuda:
         if torch.is_autocast_enabled("cpu"):
             rounded = backends.autocast_dtype(cell, x, batch_sizes)
         elif x.dtype not in (torch.float32, torch.float64):

@@ -68,7 +68,10 @@ class _FastCell:
             return False
         shape = (*x.shape[:-1], self.hidden_size)
         return all(
-            isinstance(s, Tensor) and s.shape == shape and s.dtype is x.dtype and s.is_cpu
+            isinstance(s, Tensor)
+            and s.shape == shape
+            and s.dtype is x.dtype
+            and s.device == x.device
             for s in states
         )
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
+from fastseq.ops import recurrent_cuda
 from fastseq.reference.rnn import CELLS as _CELLS
 from fastseq.reference.rnn import layer
 
@@ -260,5 +261,7 @@ if _native.loaded():
     torch.library.register_fake("fastseq::recurrent_bwd")(_bwd_fake)
     _library = torch.library.Library("fastseq", "IMPL")
     _library.impl("recurrent_fwd", _fwd_autograd, "Autograd")
+    _library.impl("recurrent_fwd", recurrent_cuda.forward, "CUDA")
+    _library.impl("recurrent_bwd", recurrent_cuda.backward, "CUDA")
 else:
     recurrent_fwd = recurrent_bwd = _forward = _backward = None

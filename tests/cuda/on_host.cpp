@@ -1,0 +1,150 @@
+// The GPU kernels run by the host: the same text as the device's, thread after thread. Stands in
+// for the .cu files behind the same entry points; the stream is not looked at.
+//
+// Threads of a phase run in an order that fastseq_thread_order chooses: what depends on it is a
+// race. Shared memory is exactly as large as planned, is full of NaN at first, and keeps nothing
+// from block to block. What the host can't show: memory ordering between real threads, alignment
+// faults, speed.
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/cuda/recurrent/launch.h"
+#include "../../csrc/cuda/recurrent/step.h"
+#include "../../csrc/cuda/recurrent/whole.h"
+
+namespace {
+
+int order = 0;
+
+// The i-th of n threads: in order, in reverse order, or in one that mixes all.
+int pick(int i, int n) {
+  if (order == 1) return n - 1 - i;
+  if (order != 2) return i;
+  int stride = n / 2 + 1;
+  const auto divides = [](int a, int b) {
+    while (b) {
+      const int rest = a % b;
+      a = b;
+      b = rest;
+    }
+    return a != 1;
+  };
+  while (divides(stride, n)) ++stride;
+  return int(int64_t(i) * stride % n);
+}
+
+struct HostBlock {
+  int threads;
+  template <class F>
+  void each(const F& f) const {
+    for (int i = 0; i < threads; ++i) f(pick(i, threads));
+  }
+};
+
+// The grid's threads, as the step kernels number them; f(row, group of units) once each.
+template <class F>
+void each_of_grid(int64_t groups, int64_t B, const F& f) {
+  const fastseq::cuda::StepGrid g = fastseq::cuda::step_grid(groups, B);
+  const int64_t wide = int64_t(g.blocks_x) * g.threads_x, high = int64_t(g.blocks_y) * g.threads_y;
+  const int threads = int(wide * high);
+  for (int i = 0; i < threads; ++i) {
+    const int64_t at = pick(i, threads), x = at % wide, y = at / wide;
+    if (x >= groups) continue;
+    for (int64_t b = y; b < B; b += high) f(b, x);
+  }
+}
+
+template <class Program, class Arguments>
+const char* run_blocks(const Arguments* sides, int D, const fastseq::cuda::WholePlan& plan) {
+  if (plan.threads > fastseq::cuda::kWholeThreads || plan.threads % 32) return "a block too large";
+  const int64_t blocks = (sides[0].walk.B + plan.rows - 1) / plan.rows;
+  for (int64_t i = 0; i < blocks * D; ++i) {
+    // Its own allocation each time: a sanitizer sees the first byte too far.
+    std::unique_ptr<char, void (*)(void*)> memory(
+        static_cast<char*>(std::aligned_alloc(16, size_t(plan.shared))), std::free);
+    std::memset(memory.get(), 0xff, size_t(plan.shared));
+    const int64_t at = pick(int(i), int(blocks * D));
+    Program(sides[at / blocks], plan, at % blocks, memory.get()).run(HostBlock{plan.threads});
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) void fastseq_thread_order(int to) { order = to; }
+
+namespace fastseq {
+namespace cuda {
+
+template <class Cell, class T>
+const char* step_forward(const Forward<T>& a, int64_t t, void*) {
+  const auto run = [&](auto n) {
+    constexpr int N = decltype(n)::value;
+    each_of_grid(a.walk.H / N, a.walk.B,
+                 [&](int64_t b, int64_t i) { forward_step<Cell, T, N>(a, t, b, i * N); });
+  };
+  if (a.walk.B == 0 || a.walk.H == 0) return nullptr;
+  if (sizeof(T) <= 4 && by_four(a)) {
+    run(std::integral_constant<int, 4>{});
+  } else {
+    run(std::integral_constant<int, 1>{});
+  }
+  return nullptr;
+}
+
+template <class Cell, class T>
+const char* step_backward(const Backward<T>& a, int64_t t, bool initial, void*) {
+  const auto run = [&](auto n) {
+    constexpr int N = decltype(n)::value;
+    each_of_grid(a.walk.H / N, a.walk.B,
+                 [&](int64_t b, int64_t i) { backward_step<Cell, T, N>(a, t, initial, b, i * N); });
+  };
+  if (a.walk.B == 0 || a.walk.H == 0) return nullptr;
+  if (sizeof(T) <= 4 && by_four(a)) {
+    run(std::integral_constant<int, 4>{});
+  } else {
+    run(std::integral_constant<int, 1>{});
+  }
+  return nullptr;
+}
+
+template <class Cell, class T>
+const char* whole_forward(const Forward<T>* sides, int D, const WholePlan& plan, void*) {
+  return with_rows(plan.rows, [&](auto rows) {
+    return run_blocks<WholeForward<Cell, T, decltype(rows)::value>>(sides, D, plan);
+  });
+}
+
+template <class Cell, class T>
+const char* whole_backward(const Backward<T>* sides, int D, const WholePlan& plan, void*) {
+  return with_rows(plan.rows, [&](auto rows) {
+    return run_blocks<WholeBackward<Cell, T, decltype(rows)::value>>(sides, D, plan);
+  });
+}
+
+#define STEP_OF(Cell, T)                                                         \
+  template const char* step_forward<Cell, T>(const Forward<T>&, int64_t, void*); \
+  template const char* step_backward<Cell, T>(const Backward<T>&, int64_t, bool, void*);
+#define STEP(name, Cell) FASTSEQ_STEP_TYPES(STEP_OF, Cell)
+FASTSEQ_CELLS(STEP)
+
+#define WHOLE_OF(Cell, T)                                                                       \
+  template const char* whole_forward<Cell, T>(const Forward<T>*, int, const WholePlan&, void*); \
+  template const char* whole_backward<Cell, T>(const Backward<T>*, int, const WholePlan&, void*);
+#define WHOLE(Cell) FASTSEQ_WHOLE_TYPES(WHOLE_OF, Cell)
+FASTSEQ_WHOLE_CELLS(WHOLE)
+
+// An H100's or H200's.
+DeviceLimits device_limits(int, const char** error) {
+  *error = nullptr;
+  return {132, 232448};
+}
+int device_count(const char** error) {
+  *error = nullptr;
+  return 1;
+}
+
+}  // namespace cuda
+}  // namespace fastseq

@@ -1,0 +1,90 @@
+"""The GPU's kernels built for the host (on_host.cpp) behind the ops of the GPU, on CPU tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fastseq.ops import recurrent, recurrent_cuda
+
+__all__ = ["COMPILER", "load", "on_host"]
+
+ROOT = Path(__file__).parent.parent.parent
+COMPILER = os.environ.get("CXX") or shutil.which("g++")
+SOURCES = ("tests/cuda/on_host.cpp", "csrc/cuda/recurrent/table.cpp", "csrc/cpu/cells.cpp")
+WITH_TORCH = ("csrc/ops/recurrent_cuda.cpp", "csrc/ops/tensors.cpp")
+# As the device: an FMA where the source says so, and nowhere else.
+FLAGS = (
+    "-std=c++17 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-psabi "
+    "-ffp-contract=off -DFASTSEQ_ON_HOST"
+)
+
+
+def build(name: str = "on_host", extra: str = "") -> Path:
+    """Compile what has changed; returns the library."""
+    import ninja
+    from ninja import ninja_syntax
+
+    folder = ROOT / "build" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    home = Path(torch.__file__).parent
+    torch_flags = f"-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem {home}/include"
+    library = folder / "libfastseq_on_host.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(folder / "build.ninja", "w") as file:
+            writer = ninja_syntax.Writer(file, width=200)
+            command = f"{COMPILER} -MD -MF $out.d {FLAGS} {extra} $more -c $in -o $out"
+            writer.rule("compile", command, depfile="$out.d")
+            writer.rule("link", f"{COMPILER} -shared {extra} -o $out $in $libs")
+            objects = []
+            for source in (*SOURCES, *WITH_TORCH):
+                objects.append(source.replace("/", "_") + ".o")
+                more = {"more": torch_flags if source in WITH_TORCH else ""}
+                writer.build(objects[-1], "compile", str(ROOT / source), variables=more)
+            libs = {"libs": f"-L{home}/lib -ltorch -ltorch_cpu -lc10"}
+            writer.build(library.name, "link", objects, variables=libs)
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+    return library
+
+
+_loaded: list[ctypes.CDLL] = []
+
+
+def load(library: Path | None = None) -> ctypes.CDLL:
+    """The library, its ops registered for CPU tensors."""
+    if not _loaded:
+        path = str(library or build())
+        torch.ops.load_library(path)
+        _loaded.append(ctypes.CDLL(path))
+    return _loaded[0]
+
+
+@contextlib.contextmanager
+def on_host(way: int = recurrent_cuda.ANY_WAY, order: int = 0) -> Iterator[None]:
+    """Inside, fastseq's recurrent layers run the GPU's kernels, on the host.
+
+    Args:
+        way: recurrent_cuda.STEP, WHOLE or ANY_WAY.
+        order: of the threads between two meetings: 0 as numbered, 1 backwards, 2 mixed.
+    """
+    library = load()
+    before = recurrent._forward, recurrent._backward, recurrent_cuda.way
+    recurrent._forward, recurrent._backward = recurrent_cuda.forward, recurrent_cuda.backward
+    recurrent_cuda.way = way
+    library.fastseq_thread_order(order)
+    try:
+        yield
+    finally:
+        library.fastseq_thread_order(0)
+        recurrent._forward, recurrent._backward, recurrent_cuda.way = before

@@ -1,0 +1,151 @@
+"""The recurrent kernels of csrc/cuda on a GPU: run by `make gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fastseq
+from fastseq import nn
+from fastseq.ops import recurrent_cuda
+from fastseq.ops.recurrent_cuda import STEP, WHOLE
+from fastseq.testing import assert_matches, recurrent_case, run_with_grads
+from tests.cuda.test_recurrent import FORMS, IDS, RUNS, STEP_CELLS
+from tests.fuzz_recurrent import ours, yardstick
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+WIDTHS = {STEP: (5, 64, 200), WHOLE: (5, 64, 100)}
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    exact = torch.backends.cudnn.flags(allow_tf32=False)
+    with fastseq.use_backend("cuda"), exact:
+        yield
+    recurrent_cuda.way = recurrent_cuda.ANY_WAY
+
+
+def moved(case):
+    keywords = {n: t if n == "batch_sizes" else t.cuda() for n, t in case.keywords.items()}
+    cotangents = [c.cuda() for c in case.cotangents]
+    return replace(case.map(lambda t: t.cuda()), cotangents=cotangents, keywords=keywords)
+
+
+def case_of(cell, form, H, dtype=torch.float32, B=5, T=6):
+    case = recurrent_case(cell, T, B, 4, H, dtype=dtype, **FORMS[form])
+    return moved(case.packed() if "packed" in form else case)
+
+
+def check(case, way):
+    recurrent_cuda.way = way
+    assert_matches(
+        ours(case),
+        case.reference(),
+        yardstick(case),
+        case.inputs,
+        case.cotangents,
+        names=case.names,
+        what=f"{('any way', 'step', 'whole')[way]} {case}",
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+def test_small(way, cell, form):
+    check(case_of(cell, form, 8), way)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+def test_against_the_reference(way, cell, form, dtype):
+    for H in WIDTHS[way]:
+        check(case_of(cell, form, H, DTYPES[dtype]), way)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", STEP_CELLS)
+def test_float64(cell, form):
+    check(case_of(cell, form, 33, torch.float64), STEP)
+
+
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+def test_many_rows_and_steps(way, cell):
+    case = moved(recurrent_case(cell, 50, 300, 16, 96, lengths="random", bidirectional=True))
+    check(case, way)
+
+
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+def test_every_run_gives_the_same_bits(way, cell):
+    case = case_of(cell, "resets, lengths", 96, T=6)
+    recurrent_cuda.way = way
+    runs = [
+        run_with_grads(ours(case), case.inputs, case.cotangents, names=case.names) for _ in range(5)
+    ]
+    for found in runs[1:]:
+        assert all(torch.equal(found[name], tensor) for name, tensor in runs[0].items())
+
+
+@pytest.mark.parametrize("way", [STEP, WHOLE])
+def test_a_training_step_in_a_graph_on_another_stream(way):
+    recurrent_cuda.way = way
+    layer = nn.LSTM(16, 64, 2, bidirectional=True).cuda()
+    x = torch.randn(7, 5, 16, device="cuda", requires_grad=True)
+    parameters = [x, *layer.parameters()]
+
+    def run():
+        y, (h, c) = layer(x)
+        return [y, *torch.autograd.grad((y.sum() + h.sum() + c.square().sum()), parameters)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = [t.clone() for t in run()]
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_nothing_waits_for_the_device():
+    layer = nn.GRU(16, 64).cuda()
+    x = torch.randn(7, 5, 16, device="cuda")
+    lengths = torch.tensor([7, 3, 0, 1, 7], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x, lengths=lengths)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_double_backward():
+    layer = nn.LSTM(3, 5).cuda().double()
+    x = torch.randn(4, 2, 3, device="cuda", dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], (x,))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_device_than_the_current():
+    layer = nn.LSTM(3, 5).to("cuda:1")
+    x = torch.randn(4, 2, 3, device="cuda:1")
+    found = layer(x)[0]
+    with fastseq.use_backend("torch"):
+        torch.testing.assert_close(found, layer(x)[0])
+
+
+def test_explain_names_the_kernels_and_why_they_are_not_the_default():
+    layer = nn.LSTM(3, 5).cuda()
+    x = torch.randn(4, 2, 3, device="cuda")
+    assert fastseq.explain(layer, x).backend == "cuda"
+    with fastseq.use_backend("auto"):
+        found = fastseq.explain(layer, x)
+    assert found.backend == "torch" and "not yet measured" in found.reason

@@ -1,0 +1,208 @@
+"""The GPU's recurrent kernels, run on the host: every budget that the CPU's must keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastseq import _native
+from fastseq.ops import recurrent as op
+from fastseq.ops import recurrent_cuda
+from fastseq.ops.recurrent_cuda import STEP, WHOLE
+from fastseq.testing import assert_matches, recurrent_case, run_with_grads
+from tests.cuda.on_host import COMPILER, load, on_host
+from tests.fuzz_recurrent import ours, seeded, with_zoneout, yardstick
+
+if not _native.loaded():
+    pytest.skip(str(_native.why_not_loaded()), allow_module_level=True)
+if COMPILER is None:
+    pytest.skip("no C++ compiler to build them for the host", allow_module_level=True)
+
+WHOLE_CELLS = ["lstm", "gru", "rnn_tanh", "rnn_relu"]
+STEP_CELLS = [*WHOLE_CELLS, "peephole_lstm"]
+RUNS = [(STEP, cell) for cell in STEP_CELLS] + [(WHOLE, cell) for cell in WHOLE_CELLS]
+IDS = [f"{('', 'step', 'whole')[way]}-{cell}" for way, cell in RUNS]
+
+FORMS = {
+    "padded": {},
+    "both directions": dict(bidirectional=True),
+    "no biases": dict(bias=False, bidirectional=True),
+    "no state": dict(hx=False, bidirectional=True),
+    "lengths": dict(lengths=[6, 0, 3, 6, 1], bidirectional=True),
+    "lengths, longest last": dict(lengths=[1, 2, 2, 4, 6]),
+    "packed": dict(lengths=[6, 2, 1, 6, 5], bidirectional=True),
+    "resets": dict(resets=0.3, bidirectional=True),
+    "resets, lengths": dict(resets=0.3, lengths=[6, 0, 3, 4, 1], bidirectional=True),
+    "resets, packed": dict(resets=0.3, lengths=[6, 2, 1, 6, 5], bidirectional=True),
+    "stacked": dict(num_layers=2, bidirectional=True, batch_first=True),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    return load()
+
+
+def case_of(cell, form, H, *, T=6, B=5, dtype=torch.float32, seed=0):
+    case = recurrent_case(cell, T, B, 4, H, dtype=dtype, seed=seed, **FORMS[form])
+    return case.packed() if "packed" in form else case
+
+
+def check(case, what="", fn=None, reference=None, baseline=None):
+    assert_matches(
+        fn or ours(case),
+        reference or case.reference(),
+        baseline or yardstick(case),
+        case.inputs,
+        case.cotangents,
+        names=case.names,
+        what=f"{what} {case}",
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+def test_against_the_reference(way, cell, form):
+    """H that threads move by four, and that they don't."""
+    with on_host(way):
+        for seed, H in enumerate((5, 8, 33)):
+            check(case_of(cell, form, H, seed=seed))
+
+
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+def test_sizes_at_the_edges(way, cell):
+    with on_host(way):
+        for T, B, H in ((1, 1, 1), (0, 3, 4), (4, 0, 4), (2, 1, 64), (2, 9, 3)):
+            check(recurrent_case(cell, T, B, 3, H, bidirectional=True))
+
+
+@pytest.mark.parametrize("cell", STEP_CELLS)
+@pytest.mark.parametrize("form", ["both directions", "resets, lengths", "packed"])
+def test_float64(cell, form):
+    with on_host(STEP):
+        check(case_of(cell, form, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cell", WHOLE_CELLS)
+def test_blocks_of_several_rows(cell):
+    """More rows than multiprocessors, so that a block takes four and the last is not full."""
+    lengths = torch.arange(135) % 4
+    case = recurrent_case(cell, 3, 135, 3, 8, lengths=lengths, bidirectional=True)
+    with on_host(WHOLE):
+        check(case)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("form", ["both directions", "resets, lengths", "packed"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_zoneout(cell, form, train):
+    pair = (0.3, 0.2) if cell == "lstm" else (0.3,)
+    case = case_of(cell, form, 8)
+    fn = seeded(ours(case, zoneout=pair if cell == "lstm" else 0.3, train=train), 5)
+    reference = seeded(with_zoneout(case, pair, train), 5)
+    with on_host(STEP):
+        check(case, "zoneout", fn, reference, reference)
+
+
+def in_half(case):
+    """The op itself: functions on the CPU would widen halves first."""
+    kind, D = op.CELLS[case.cell], 1 + case.options["bidirectional"]
+    names = ("batch_sizes", "lengths", "resets")
+    tensors = [case.keywords.get(name) for name in names]
+
+    def call(x, *rest):
+        states, weights = rest[: kind.states], rest[kind.states :]
+        settings = op.Settings(kind.number, case.options["bias"], D, *tensors)
+        return op.run(settings, x, *(*states, None)[:2], weights)
+
+    return call
+
+
+@pytest.mark.parametrize("form", ["both directions", "lengths", "packed", "resets"])
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_halves(dtype, way, cell, form):
+    case = case_of(cell, form, 20, dtype=dtype)
+    with on_host(way):
+        check(case, fn=in_half(case), baseline=case.reference())
+
+
+def bits(case):
+    return run_with_grads(ours(case), case.inputs, case.cotangents, names=case.names)
+
+
+@pytest.mark.parametrize("form", ["both directions", "resets, lengths", "packed"])
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+def test_threads_in_any_order_give_the_same_bits(way, cell, form):
+    """A result that depends on the order of threads between two meetings is a race."""
+    case = case_of(cell, form, 36)
+    with on_host(way):
+        expected = bits(case)
+    for order in (1, 2):
+        with on_host(way, order):
+            for name, tensor in bits(case).items():
+                assert torch.equal(tensor, expected[name]), (order, name)
+
+
+def test_the_way_follows_from_the_size():
+    """Whole sequences where the weights fit the 227 KiB that a block may have."""
+    x, h = torch.randn(2, 3, 4), None
+    taken = {}
+
+    def ways(cell, H, dtype):
+        kind = op.CELLS[cell]
+        weights = [torch.zeros(kind.gates * H, width, dtype=dtype) for width in (4, H)]
+        with on_host(), pytest.MonkeyPatch.context() as patch:
+            ops = torch.ops.fastseq
+            for name in ("recurrent_cuda_fwd", "recurrent_cuda_bwd"):
+                original = getattr(ops, name)
+
+                def record(*args, _original=original, _name=name):
+                    taken[_name] = _original(*args)
+                    return taken[_name]
+
+                patch.setattr(ops, name, record)
+            leaves = [w.requires_grad_() for w in weights]
+            y, *_ = op.run(op.Settings(kind.number, False, 1), x.to(dtype), h, None, leaves)
+            y.sum().backward()
+        return taken["recurrent_cuda_fwd"], taken["recurrent_cuda_bwd"]
+
+    for cell, dtype, fits, beyond in (
+        ("lstm", torch.float32, 112, 128),
+        ("gru", torch.float32, 128, 144),
+        ("lstm", torch.bfloat16, 160, 180),
+        ("rnn_tanh", torch.float32, 224, 256),
+    ):
+        assert ways(cell, fits, dtype) == (WHOLE, WHOLE), (cell, fits)
+        assert ways(cell, beyond, dtype) == (STEP, STEP), (cell, beyond)
+    assert ways("lstm", 8, torch.float64) == (STEP, STEP)
+    with on_host(WHOLE), pytest.raises(RuntimeError, match="expected weights of lstm that fit"):
+        weights = [torch.zeros(4 * 200, width) for width in (4, 200)]
+        op.run(op.Settings(op.CELLS["lstm"].number, False, 1), x, None, None, weights)
+
+
+def test_a_projection_is_refused():
+    case = recurrent_case("lstm", 2, 3, 4, 6, proj_size=2)
+    with on_host(), pytest.raises(NotImplementedError, match="no projection on a GPU"):
+        bits(case)
+
+
+def test_what_no_weight_wants_is_not_made():
+    case = case_of("lstm", "both directions", 8)
+    inputs = list(case.inputs)
+    with on_host():
+        for wrt in (["x"], inputs[-2:], inputs[3:5], ["h0"]):
+            some = run_with_grads(ours(case), case.inputs, case.cotangents, wrt=wrt)
+            everything = run_with_grads(ours(case), case.inputs, case.cotangents)
+            for name in wrt:
+                assert torch.equal(some[f"grad {name}"], everything[f"grad {name}"])
+
+
+def test_recompute_gives_the_same_bits():
+    case = case_of("gru", "resets, lengths", 8)
+    with on_host(recurrent_cuda.ANY_WAY):
+        expected = bits(case)
+        found = run_with_grads(
+            ours(case, recompute=True), case.inputs, case.cotangents, names=case.names
+        )
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
