@@ -55,9 +55,10 @@ def lstm(
         bidirectional: whether D is 2.
         batch_first: input and output are [B, T, ...], and so are resets.
         batch_sizes: of a PackedSequence: int64 [T] on the CPU, never increasing.
-        lengths: int64 [B] between 0 and T, on the CPU or beside input. Row b runs its first lengths[b] steps: what input holds
-            beyond them is never read, the output is zero there, the final state is the one after
-            the row's own last step, and the reverse direction starts there.
+        lengths: int64 [B] between 0 and T, on the CPU or beside input (where its values are not
+            checked). Row b runs its first lengths[b] steps: what input holds beyond them is never
+            read, the output is zero there, the final state is the one after the row's own last
+            step, and the reverse direction starts there.
         resets: bool [T, B] ([N] packed): where True, no state crosses from step t - 1 to step t, as
             if the sequence were split there; see :func:`fastseq.reference.rnn.layer`.
         recompute: keep nothing for the backward pass but input and output; it runs forward again.

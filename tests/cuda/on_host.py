@@ -1,4 +1,11 @@
-"""The GPU's kernels built for the host (on_host.cpp) behind the ops of the GPU, on CPU tensors."""
+"""The GPU's kernels built for the host (on_host.cpp) behind the ops of the GPU, on CPU tensors.
+
+FASTSEQ_ON_HOST_FLAGS adds flags of the compiler's. With a sanitizer, whose library Python must have
+from its start, the tests find any step outside of shared memory and any misaligned access:
+
+    FASTSEQ_ON_HOST_FLAGS=-fsanitize=address,undefined ASAN_OPTIONS=detect_leaks=0 \\
+      LD_PRELOAD=$(g++ -print-file-name=libasan.so) python -m pytest tests/cuda/test_recurrent.py
+"""
 
 from __future__ import annotations
 
@@ -28,12 +35,13 @@ FLAGS = (
 )
 
 
-def build(name: str = "on_host", extra: str = "") -> Path:
+def build() -> Path:
     """Compile what has changed; returns the library."""
+    extra = os.environ.get("FASTSEQ_ON_HOST_FLAGS", "")
     import ninja
     from ninja import ninja_syntax
 
-    folder = ROOT / "build" / name
+    folder = ROOT / "build" / ("on_host_flags" if extra else "on_host")
     folder.mkdir(parents=True, exist_ok=True)
     home = Path(torch.__file__).parent
     torch_flags = f"-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem {home}/include"
@@ -61,10 +69,10 @@ def build(name: str = "on_host", extra: str = "") -> Path:
 _loaded: list[ctypes.CDLL] = []
 
 
-def load(library: Path | None = None) -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
     """The library, its ops registered for CPU tensors."""
     if not _loaded:
-        path = str(library or build())
+        path = str(build())
         torch.ops.load_library(path)
         _loaded.append(ctypes.CDLL(path))
     return _loaded[0]

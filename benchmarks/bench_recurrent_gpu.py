@@ -1,0 +1,179 @@
+"""Recurrent layers on a GPU against cuDNN: every row checked, timed, then recorded.
+
+python -m benchmarks.bench_recurrent_gpu [--quick] [--output FOLDER]
+
+All sides in turn, by CUDA events: torch (cuDNN, the algorithm its own choice, no TF32) and the two
+ways of csrc/cuda, each where it serves. The floor is that of csrc/cuda/README.md for `whole`: the
+weights once a step from shared memory, or the FMAs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+import fastseq
+from benchmarks.bench_attention import on_gpu
+from benchmarks.measure import machine
+from fastseq import functional
+from fastseq._files import atomic_write, check_writable
+from fastseq.ops import recurrent_cuda
+from fastseq.testing import RecurrentCase, assert_matches, recurrent_case
+
+RESULTS = Path(__file__).parent / "results"
+WAYS = {"step": recurrent_cuda.STEP, "whole": recurrent_cuda.WHOLE}
+SIZES = [
+    (100, 64, 96, 96),
+    (100, 128, 128, 128),
+    (50, 32, 256, 256),
+    (50, 64, 512, 512),
+    (500, 8, 40, 320),
+    (200, 64, 1000, 1000),
+]
+FORMS = {
+    "plain": {},
+    "both": dict(bidirectional=True),
+    "stacked": dict(num_layers=2),
+    "packed": dict(lengths="half"),
+}
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+COLUMNS = "cell T B I H form dtype mode status torch_ms step_ms whole_ms ratio".split()
+
+
+def build(cell: str, size: tuple, form: str, dtype: torch.dtype) -> RecurrentCase:
+    options = dict(FORMS[form])
+    if options.get("lengths") == "half":
+        options["lengths"] = [1 + size[0] * b // size[1] for b in range(size[1])]
+    case = recurrent_case(cell, *size, dtype=dtype, **options)
+    case = case.packed() if form == "packed" else case
+    cotangents = [c.cuda() for c in case.cotangents]
+    return replace(case.map(lambda t: t.cuda()), cotangents=cotangents)
+
+
+LAYERS = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
+
+
+def by_kernels(case: RecurrentCase, way: str) -> Callable[..., object]:
+    """The case by the kernels of csrc/cuda, one way."""
+    fn = case.functional(getattr(functional, case.cell))
+
+    def call(*inputs: object) -> object:
+        recurrent_cuda.way = WAYS[way]
+        try:
+            with fastseq.use_backend("cuda"):
+                return fn(*inputs)
+        finally:
+            recurrent_cuda.way = recurrent_cuda.ANY_WAY
+
+    return call
+
+
+def torchs(case: RecurrentCase, states: int) -> tuple[Callable[..., object], list[torch.Tensor]]:
+    """torch's layer with weights of its own, in the one piece of memory that cuDNN wants, and what
+    to call it with."""
+    built = case.build(LAYERS[case.cell]).cuda()
+    sizes = case.keywords.get("batch_sizes")
+
+    def call(x: torch.Tensor, *rest: torch.Tensor) -> object:
+        state = rest[0] if states == 1 else rest[:2]
+        if sizes is None:
+            return built(x, state)
+        rows, state = built(PackedSequence(x, sizes), state)
+        return rows.data, state
+
+    return call, [*list(case.inputs.values())[: 1 + states], *built.parameters()]
+
+
+def sample(
+    call: Callable, leaves: list[torch.Tensor], case: RecurrentCase, mode: str
+) -> Callable[[], object]:
+    """What one sample runs: forward without a graph, or forward and backward."""
+    for leaf in leaves:
+        leaf.requires_grad_(mode == "train")
+
+    def run() -> object:
+        with torch.set_grad_enabled(mode == "train"):
+            y, state, *_ = call(*leaves)
+        h = state[0] if isinstance(state, tuple) else state
+        if mode == "train":
+            return torch.autograd.grad((y, h), leaves, case.cotangents[:2], allow_unused=True)
+        return y
+
+    return run
+
+
+def measure(case: RecurrentCase, mode: str, seconds: float) -> dict[str, object]:
+    """Check what ours give, then time all."""
+    row: dict[str, object] = {"status": "ok"}
+    states = len(case.names) - 1
+    timed = {"torch": sample(*torchs(case, states), case, mode)}
+    for way in WAYS:
+        fn = by_kernels(case, way)
+        try:
+            assert_matches(
+                fn, case.reference(), case.module(LAYERS[case.cell]), case.inputs, case.cotangents
+            )
+        except AssertionError as error:
+            return row | {"status": f"{way} is wrong: {error}"}
+        except RuntimeError as error:
+            if "that fit a block" not in str(error):
+                raise
+            continue
+        leaves = [t.detach().clone() for t in case.inputs.values()]
+        timed[way] = sample(fn, leaves, case, mode)
+    # on_gpu counts the rounds of the side named so.
+    times = on_gpu({"fastseq": timed.pop("step"), **timed}, seconds)
+    times["step"] = times.pop("fastseq")
+    row |= {f"{name}_ms": f"{ms:.4f}" for name, ms in times.items()}
+    ours = min(ms for name, ms in times.items() if name != "torch")
+    return row | {"ratio": f"{times['torch'] / ours:.2f}"}
+
+
+def rows(quick: bool, seconds: float) -> Iterator[dict[str, object]]:
+    sizes, forms = (SIZES[:1], ["plain"]) if quick else (SIZES, FORMS)
+    for cell, size, form, dtype in product(("lstm", "gru"), sizes, forms, DTYPES):
+        case = build(cell, size, form, DTYPES[dtype])
+        about = dict(zip("TBIH", size, strict=True), cell=cell, form=form, dtype=dtype)
+        for mode in ("train", "inf"):
+            yield about | {"mode": mode} | measure(case, mode, seconds)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 0 if every answer was right, 1 if one was wrong, 2 without a GPU."""
+    parser = argparse.ArgumentParser(
+        prog="bench_recurrent_gpu", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="the first size alone")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the CSV")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("bench_recurrent_gpu: expected a GPU, got none", file=sys.stderr)
+        return 2
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    check_writable(arguments.output)
+    found = []
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for row in rows(arguments.quick, 0.1 if arguments.quick else 0.3):
+            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+            found.append(row)
+    path = arguments.output / "recurrent_gpu.csv"
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+        about = machine() | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        for key, value in about.items():
+            file.write(f"# {key}: {value}\n")
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(found)
+    return int(any(row["status"] != "ok" for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
