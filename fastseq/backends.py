@@ -154,6 +154,8 @@ def _cuda_obstacle(cell, x, params) -> str | None:
         return "the CUDA kernels need compute capability 8.0"
     if torch.is_autocast_enabled("cuda"):
         return "autocast on a GPU is torch's"
+    if cell == "layer_norm_lstm":
+        return "no CUDA kernel for layer_norm_lstm yet"
     if params[1].shape[-1] != params[0].shape[0] // CELLS[cell].gates:
         return "no CUDA kernel for projections yet"
     return None

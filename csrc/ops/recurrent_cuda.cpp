@@ -133,7 +133,7 @@ int64_t recurrent_cuda_fwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
                            OptionalTensor first, OptionalTensor lengths, OptionalTensor resets,
                            Tensor h, OptionalTensor c, Tensor y, OptionalTensor saved) {
   const char* op = "recurrent_cuda_fwd";
-  require(cell >= 0 && cell < cell_count() && h.dim() == 3, "fastseq.", op,
+  require(cell >= 0 && cell < cuda::recurrent_kernel_count() && h.dim() == 3, "fastseq.", op,
           ": expected a cell and h of shape [D, B, H]");
   const int64_t D = h.size(0), B = h.size(1), H = h.size(2), tokens = zx.size(0);
   const Call call{op,     cell,  way,     reinterpret_cast<void*>(stream),
@@ -200,9 +200,9 @@ int64_t recurrent_cuda_bwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
                            OptionalTensor lengths, OptionalTensor resets, Tensor dsums,
                            OptionalTensor hidden, OptionalTensor dh0, OptionalTensor dc0) {
   const char* op = "recurrent_cuda_bwd";
-  require(
-      cell >= 0 && cell < cell_count() && saved.dim() == 3 && !w_hh.empty() && w_hh[0].dim() == 2,
-      "fastseq.", op, ": expected a cell and saved of shape [D, N, S*H]");
+  require(cell >= 0 && cell < cuda::recurrent_kernel_count() && saved.dim() == 3 && !w_hh.empty() &&
+              w_hh[0].dim() == 2,
+          "fastseq.", op, ": expected a cell and saved of shape [D, N, S*H]");
   const int64_t D = saved.size(0), tokens = saved.size(1), H = w_hh[0].size(1);
   const Call call{op,     cell,  way,     reinterpret_cast<void*>(stream),
                   T,      B,     H,       D,

@@ -125,7 +125,8 @@ struct RecurrentKernels {
   int blocks;  // of a token's row of dsums: see GradientRow
 };
 
-// By number, as in csrc/cell/cells.h; T: double, float, Half, BFloat16.
+// By number, as in csrc/cell/cells.h, normalised cells aside; T: double, float, Half, BFloat16.
+int recurrent_kernel_count();
 template <class T>
 const RecurrentKernels<T>& recurrent_kernels(int cell);
 
