@@ -161,7 +161,8 @@ class NinjaBuild(build_ext):
                 )
                 writer.rule(
                     linker,
-                    f"{nvcc} -ccbin {cxx} -shared -cudart static -Xlinker --exclude-libs,ALL "
+                    f"{nvcc} -ccbin {cxx} -shared -arch=sm_80 -cudart static "
+                    "-Xlinker --exclude-libs,ALL "
                     "-o $out $in $libs",
                 )
                 for source in sorted((ROOT / "csrc/cuda").rglob("*.cu")):
