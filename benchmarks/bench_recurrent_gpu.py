@@ -21,7 +21,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 import fastseq
-from benchmarks.bench_attention import on_gpu
+from benchmarks.command import milliseconds
 from benchmarks.measure import machine
 from fastseq import functional
 from fastseq._files import atomic_write, check_writable
@@ -136,9 +136,7 @@ def measure(
             continue
         leaves = [t.detach().clone() for t in case.inputs.values()]
         timed[way] = sample(by_kernels(case, way), leaves, case, mode)
-    # on_gpu counts the rounds of the side named so.
-    times = on_gpu({"fastseq": timed.pop("step"), **timed}, seconds)
-    times["step"] = times.pop("fastseq")
+    times = milliseconds(timed, "cuda", seconds)
     row |= {f"{name}_ms": f"{ms:.4f}" for name, ms in times.items()}
     ours = min(ms for name, ms in times.items() if name != "torch")
     return row | {"ratio": f"{times['torch'] / ours:.2f}"}
