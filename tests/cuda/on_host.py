@@ -3,8 +3,9 @@
 FASTSEQ_ON_HOST_FLAGS adds flags of the compiler's. With a sanitizer, whose library Python must have
 from its start, the tests find any step outside of shared memory and any misaligned access:
 
-    FASTSEQ_ON_HOST_FLAGS=-fsanitize=address,undefined ASAN_OPTIONS=detect_leaks=0 \\
-      LD_PRELOAD=$(g++ -print-file-name=libasan.so) python -m pytest tests/cuda/test_recurrent.py
+    FASTSEQ_ON_HOST_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \\
+      ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(g++ -print-file-name=libasan.so) \\
+      python -m pytest tests/cuda/test_recurrent.py
 """
 
 from __future__ import annotations
