@@ -15,6 +15,9 @@ _HOMES = {
     "explain": "fastseq.explanation",
     "functional": None,
     "nn": None,
+    "patched": "fastseq.replace",
+    "replace_modules": "fastseq.replace",
+    "restore_modules": "fastseq.replace",
     "use_backend": "fastseq.backends",
 }
 

@@ -31,6 +31,7 @@ TIERS = [
     {"nn"},
     {"explanation"},
     {"models"},
+    {"replace"},
     {"decoding"},
     {"training"},
     {"fastseq"},

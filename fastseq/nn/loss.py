@@ -16,8 +16,12 @@ class LinearCrossEntropy(torch.nn.Linear):
 
     Parameters, initialisation and state_dict are those of torch.nn.Linear, of which this is a
     subclass: checkpoints go both ways and tied weights stay tied. Class weights are a buffer that
-    the state_dict leaves out.
+    the state_dict leaves out. Without a target it is the layer alone.
     """
+
+    ignore_index = -100
+    label_smoothing = 0.0
+    reduction = "mean"
 
     def __init__(
         self,
@@ -60,18 +64,20 @@ class LinearCrossEntropy(torch.nn.Linear):
         kept = None if weight is None else weight.to(device=device, dtype=self.weight.dtype)
         self.register_buffer("class_weight", kept, persistent=False)
 
-    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """The loss of rows ``hidden`` [.., H] with target ids [..], int64.
+    def forward(self, hidden: Tensor, target: Tensor | None = None) -> Tensor:
+        """The loss of rows ``hidden`` [.., H] with target ids [..], int64; without, the logits.
 
         Arguments, result and errors are those of
         :func:`fastseq.functional.loss.linear_cross_entropy`.
         """
+        if target is None:
+            return self.logits(hidden)
         return linear_cross_entropy(
             hidden,
             self.weight,
             self.bias,
             target,
-            self.class_weight,
+            getattr(self, "class_weight", None),
             self.ignore_index,
             self.label_smoothing,
             self.reduction,
