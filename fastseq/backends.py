@@ -13,7 +13,7 @@ from torch import Tensor
 from fastseq import _native
 from fastseq.ops.recurrent import CELLS
 
-__all__ = ["Explanation", "recurrent_obstacle", "use_backend"]
+__all__ = ["Explanation", "recurrent_obstacle", "transform_obstacle", "use_backend"]
 
 BACKENDS = ("auto", "cpu", "cuda", "torch")
 _forced: ContextVar[str] = ContextVar("fastseq_backend", default="auto")
@@ -113,6 +113,18 @@ def refuse(cell: str, obstacle: str) -> str:
     return obstacle
 
 
+def transform_obstacle() -> str | None:
+    """Why a call inside a transform is for the reference, whose operators have every rule: torch's
+    recurrent operators have none for vmap and, in float32, none forward-mode. None outside."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "no forward-mode derivative yet"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "no rule for torch.func transforms yet"
+    return None
+
+
 def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
     if cell not in CELLS:
         return f"no kernel for {cell} yet" if _native.loaded() else _native.why_not_loaded()
@@ -137,10 +149,9 @@ def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
         return None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records torch's own operators"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "no forward-mode derivative yet"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "no rule for torch.func transforms yet"
+    transform = transform_obstacle()
+    if transform is not None:
+        return transform
     # Tensor subclasses and modes that only look, or make fakes, serve registered ops too.
     if x.layout is not torch.strided:
         return "not a dense tensor"

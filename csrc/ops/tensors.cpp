@@ -1,5 +1,7 @@
 #include "tensors.h"
 
+#include <pthread.h>
+
 namespace fastseq {
 namespace ops {
 
@@ -35,9 +37,15 @@ Tensor empty_int64(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return empty_of(like, sizes, aoti_torch_dtype_int64());
 }
 
+namespace {
+bool is_forked_child = false;
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
+}  // namespace
+
 Threads torch_threads() {
   uint32_t count = 1;
-  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
+  // OpenMP waits forever for the threads its parent had: a forked child stays on one.
+  if (!is_forked_child) TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
   return {int(count), [](int64_t tasks, Threads::Task task, void* context) {
             TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, task, context));
           }};

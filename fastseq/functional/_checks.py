@@ -11,7 +11,8 @@ from fastseq.reference.rnn import CELLS
 
 __all__ = ["NO_ZONEOUT", "Options", "check", "check_zoneout"]
 
-NO_ZONEOUT = (0.0, 0.0)
+# Integers: torch.compile makes inputs of a module's floats, and has to start again for them.
+NO_ZONEOUT = (0, 0)
 
 
 class Options(NamedTuple):

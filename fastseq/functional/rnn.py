@@ -230,7 +230,7 @@ def call(cell, input, hx, params, options):
     plain = plain and cell in _TORCH
     if obstacle is None and not (plain and backends.torch_is_faster(cell, input)):
         return stack(cell, input, hx, params, options)
-    if plain:
+    if plain and not backends.transform_obstacle():
         return _by_torch(cell, input, hx, params, options)
     return stack(cell, input, hx, params, options, kernel=False)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastseq import backends
 from fastseq.functional._checks import Options
 from fastseq.functional.rnn import stack
+from fastseq.nn._scripting import torchs_twin
 from fastseq.nn.rnn import name_forward
 from fastseq.reference.rnn import CELLS
 
@@ -42,15 +43,20 @@ class _FastCell:
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
         obstacle = backends.recurrent_obstacle(self.cell_name, input, weights)
-        if obstacle or backends.torch_is_faster(self.cell_name, x[0], one_step=True):
+        left = obstacle or backends.torch_is_faster(self.cell_name, x[0], one_step=True)
+        if left and not backends.transform_obstacle():
             return super().forward(input, hx)
         leading = (1,) if batched else (1, 1)
         initial = [s.expand(*leading, *s.shape) for s in states] or None
-        _, *after = stack(self.cell_name, x, initial, weights, Options(len(weights) == 4))
+        options = Options(len(weights) == 4)
+        _, *after = stack(self.cell_name, x, initial, weights, options, kernel=not left)
         if torch.is_autocast_enabled("cpu") and CELLS[self.cell_name].gates > 1:
             after = [s.to(input.dtype) for s in after]
         after = [s[0] if batched else s[0, 0] for s in after]
         return after[0] if len(after) == 1 else tuple(after)
+
+    def __prepare_scriptable__(self) -> torch.nn.RNNCellBase:
+        return torchs_twin(self)
 
     cell_name: str
     """Of the cell, a key of fastseq.reference.rnn.CELLS."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseq.functional.loss import REDUCTIONS, linear_cross_entropy
+from fastseq.nn._scripting import refusal
 
 __all__ = ["LinearCrossEntropy"]
 
@@ -86,6 +87,9 @@ class LinearCrossEntropy(torch.nn.Linear):
     def logits(self, hidden: Tensor) -> Tensor:
         """The layer alone, for decoding: [.., V] of hidden [.., H]."""
         return super().forward(hidden)
+
+    def __prepare_scriptable__(self):
+        raise refusal(self)
 
     def extra_repr(self) -> str:
         return (

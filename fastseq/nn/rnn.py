@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 from fastseq import backends
 from fastseq.functional._checks import NO_ZONEOUT, Options, check_zoneout
 from fastseq.functional.rnn import call, stack
+from fastseq.nn import _compiling
+from fastseq.nn._scripting import refusal, torchs_twin
 from fastseq.reference.rnn import CELLS
 
 __all__ = ["GRU", "LSTM", "RNN", "LayerNormLSTM", "PeepholeLSTM"]
@@ -82,7 +84,8 @@ class _FastLayer:
         options = Options(
             self.bias,
             self.num_layers,
-            self.dropout,
+            # Not read where nothing is drawn: a float costs torch.compile a second trace.
+            self.dropout if self.training and self.num_layers > 1 else 0.0,
             self.training,
             self.bidirectional,
             batch_first,
@@ -94,9 +97,10 @@ class _FastLayer:
         )
         if serves and not more:
             obstacle = backends.recurrent_obstacle(cell, x, weights)
-            if self._is_torchs and (obstacle or backends.torch_is_faster(cell, x)):
+            left = obstacle or (self._is_torchs and backends.torch_is_faster(cell, x))
+            if left and self._is_torchs and not backends.transform_obstacle():
                 return super().forward(input, hx)
-            output, *state = stack(cell, x, state, weights, options, kernel=obstacle is None)
+            output, *state = stack(cell, x, state, weights, options, kernel=not left)
         else:
             output, *state = call(cell, x, state, weights, options)
         if unbatched:
@@ -158,6 +162,11 @@ class _FastLayer:
             and t.device == x.device
             for t, width in zip(states, widths, strict=False)
         )
+
+    def __prepare_scriptable__(self) -> torch.nn.RNNBase:
+        if not self._is_torchs or any(self.zoneout):
+            raise refusal(self)
+        return torchs_twin(self)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -307,3 +316,6 @@ class LayerNormLSTM(_OwnLSTM):
     """
 
     cell_name = "layer_norm_lstm"
+
+
+_compiling.allow(_FastLayer)

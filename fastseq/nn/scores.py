@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseq.functional import additive_attention, dot_attention
+from fastseq.nn._scripting import refusal
 from fastseq.reference.scores import location_features
 
 __all__ = [
@@ -75,6 +76,9 @@ class _Attention(nn.Module):
         projected = self.project_keys(keys) if projected is None else projected
         where = {"lengths": lengths, "mask": mask, "scale": self.scale}
         return self._attend(self.project_query(query), projected, values, extra, **where)
+
+    def __prepare_scriptable__(self):
+        raise refusal(self)
 
     def extra_repr(self) -> str:
         return "" if self.scale == 1.0 else f"scale={self.scale:g}"

@@ -186,7 +186,9 @@ _apply = super(torch.autograd.Function, _Recurrent).apply
 
 def _fwd_autograd(cell, x, h0, c0, weights, has_biases, directions, *rest):
     """What the registered op does at the autograd key."""
-    *rest, save = rest
+    *rest, masks, save = rest
+    # AOTInductor's packages hand an empty list over as None.
+    rest.append(masks or [])
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, *weights):
         if not save:
             raise RuntimeError(
