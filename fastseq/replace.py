@@ -18,8 +18,9 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from fastseq import nn
 from fastseq.explanation import ACCELERATED, explain
-from fastseq.models import attention, plain
+from fastseq.models import attention, bahdanau, plain
 from fastseq.reference import attention as reference_attention
+from fastseq.reference import bahdanau as reference_bahdanau
 from fastseq.reference import plain as reference_plain
 
 __all__ = ["Report", "Row", "patched", "replace_modules", "restore_modules"]
@@ -30,8 +31,20 @@ _TORCHS = {
 }
 _REFERENCES = {
     getattr(theirs, name): getattr(ours, name)
-    for theirs, ours in ((reference_attention, attention), (reference_plain, plain))
+    for theirs, ours in (
+        (reference_attention, attention),
+        (reference_bahdanau, bahdanau),
+        (reference_plain, plain),
+    )
     for name in ours.__all__
+}
+# Attributes that a fast class has and the reference's lacks.
+_ADDED = {
+    bahdanau.Attention: {
+        "key_dim": lambda module: 2 * module.v.in_features,
+        "scale": lambda module: 1.0,
+        "g": lambda module: None,
+    }
 }
 # Replaced where nothing else is said, and where it is asked for by name.
 _DEFAULT = {**_TORCHS, **_REFERENCES}
@@ -102,10 +115,9 @@ def replace_modules(
 ) -> Report:
     """Make a model's recurrent layers and cells fastseq's, in place.
 
-    Replaced are torch.nn.LSTM, GRU and RNN, their cells, and the modules of
-    :mod:`fastseq.reference.attention` and :mod:`fastseq.reference.plain`; subclasses too, unless
-    they compute in their own way. ``include`` may ask for torch.nn.Linear to become
-    :class:`fastseq.nn.LinearCrossEntropy`, which computes the same until it is given a target.
+    Replaced are torch.nn.LSTM, GRU and RNN, their cells, and the models of fastseq.reference;
+    subclasses too, unless they compute in their own way. ``include`` may ask for torch.nn.Linear to
+    become :class:`fastseq.nn.LinearCrossEntropy`, which computes the same until it gets a target.
 
     Args:
         model: any module; it may itself be one to replace.
@@ -163,6 +175,8 @@ def restore_modules(model: torch.nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if _MARK not in vars(module):
             continue
+        for attribute in _ADDED.get(type(module), ()):
+            delattr(module, attribute)
         _set_class(module, vars(module).pop(_MARK))
         restored.append(name)
     return restored
@@ -256,6 +270,7 @@ def _counterpart(module, wanted) -> tuple[type | None, type | str]:
 def _swap(module: torch.nn.Module, ours: type) -> None:
     # Not by setattr: torch.nn.Module's looks for parameters.
     vars(module)[_MARK] = type_before_parametrizations(module)
+    vars(module).update({name: make(module) for name, make in _ADDED.get(ours, {}).items()})
     _set_class(module, ours)
 
 
