@@ -16,7 +16,7 @@ from fastseq.testing import (
     recurrent_case,
     run_with_grads,
 )
-from tests.fuzz_recurrent import ours, seeded, yardstick
+from tests.fuzz_recurrent import ours, seeded, with_zoneout, yardstick
 
 CELLS = list(rnn.CELLS)
 FORMS = {
@@ -31,14 +31,18 @@ FORMS = {
 
 
 def exact_case(cell, form, T=3):
-    """In float64, the function, its leaves; x where no row reads it is 0, not NaN."""
+    """In float64, the function, its leaves (x where no row reads it is 0, not NaN), the reference
+    and cotangents."""
     if form == "projected" and "lstm" not in cell or form == "zoneout" and cell not in ZONED:
         pytest.skip("the cell has none")
     case = recurrent_case(cell, T, 2, 2, 3, **FORMS[form], dtype=torch.float64)
     case = case.map(torch.nan_to_num, "x")
     case = case.packed() if form == "packed" else case
-    fn = ours(case, train=True, zoneout=0.4) if form == "zoneout" else ours(case)
-    return seeded(fn, 5), [t.requires_grad_() for t in case.inputs.values()]
+    fn, truth = ours(case), case.reference()
+    if form == "zoneout":
+        fn, truth = ours(case, train=True, zoneout=0.4), with_zoneout(case, (0.4, 0.4), True)
+    leaves = [t.requires_grad_() for t in case.inputs.values()]
+    return seeded(fn, 5), leaves, seeded(truth, 5), case.cotangents
 
 
 ZONED = ("lstm", "gru")
@@ -47,15 +51,27 @@ ZONED = ("lstm", "gru")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck(cell, form):
-    fn, leaves = exact_case(cell, form)
+    fn, leaves, _, _ = exact_case(cell, form)
     assert torch.autograd.gradcheck(fn, leaves, fast_mode=form != "plain")
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradgradcheck(cell, form):
-    fn, leaves = exact_case(cell, form)
+    fn, leaves, _, _ = exact_case(cell, form)
     assert torch.autograd.gradgradcheck(fn, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_that_can_be_differentiated_are_the_references(cell, form):
+    """gradgradcheck sees whether they are differentiated rightly, not whether they are right."""
+    fn, leaves, truth, cotangents = exact_case(cell, form)
+    found, expected = (
+        torch.autograd.grad(f(*leaves), leaves, cotangents, create_graph=True) for f in (fn, truth)
+    )
+    for got, want in zip(found, expected, strict=True):
+        assert_close_to_reference(got.detach(), want.detach())
 
 
 @pytest.mark.parametrize("form", FORMS)
