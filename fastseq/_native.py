@@ -157,10 +157,10 @@ def cells() -> dict[str, Cell]:
 
 
 def kernels() -> list[str]:
-    """The kernels built in, as "<cell>_<pass>_<dtype>_<isa>"."""
+    """The kernels built in, as "<cell or op>_<pass>_<dtype>_<isa>"."""
     return [
-        f"{cell}_{stage}_{dtype}_{name}"
-        for cell in cells()
+        f"{op}_{stage}_{dtype}_{name}"
+        for op in (*cells(), "additive_attention", "dot_attention")
         for stage in ("fwd", "bwd")
         for dtype in ("f32", "f64")
         for name in built_isas()

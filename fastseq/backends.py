@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
+from fastseq.ops import attention as _attention
 from fastseq.ops.recurrent import CELLS
 
-__all__ = ["Explanation", "recurrent_obstacle", "transform_obstacle", "use_backend"]
+__all__ = [
+    "Explanation",
+    "attention_obstacle",
+    "recurrent_obstacle",
+    "transform_obstacle",
+    "use_backend",
+]
 
 BACKENDS = ("auto", "cpu", "cuda", "torch")
 _forced: ContextVar[str] = ContextVar("fastseq_backend", default="auto")
@@ -30,7 +37,7 @@ class Explanation:
 
     Attributes:
         op: the operation, such as "lstm".
-        backend: "cpu" or "cuda" (fastseq's kernels) or "torch" (PyTorch's own code).
+        backend: "cpu", "cuda" or "triton" (fastseq's kernels) or "torch" (PyTorch's own code).
         reason: one sentence.
     """
 
@@ -145,8 +152,11 @@ def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
         return f"no kernel for {x.dtype}"
     if first.dtype is not x.dtype and not torch.is_autocast_enabled("cpu"):
         return "input and weights differ in dtype"
-    if compiling:
-        return None
+    return None if compiling else _surroundings_obstacle(x)
+
+
+def _surroundings_obstacle(x: Tensor) -> str | None:
+    """What is going on around the call, or with the tensor, that only torch's own code follows."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records torch's own operators"
     transform = transform_obstacle()
@@ -170,6 +180,46 @@ def _cuda_obstacle(cell, x, params) -> str | None:
     if params[1].shape[-1] != params[0].shape[0] // CELLS[cell].gates:
         return "no CUDA kernel for projections yet"
     return None
+
+
+def attention_obstacle(op: str, query: Tensor) -> str | None:
+    """Why the operator cannot run an attention function, and the reference has to; else None.
+
+    Raises:
+        RuntimeError: the CPU's kernels can't, and use_backend("cpu") is in force.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    forced = _forced.get()
+    if forced == "torch":
+        return _FORCED_TORCH
+    obstacle = _attention_obstacle(query)
+    if obstacle is None and forced == "cpu" and query.is_cpu:
+        # Unless one insists, the operator then runs all the same, in PyTorch that spares memory.
+        obstacle = _attention.plain_because(query)
+    return None if obstacle is None else refuse(op, obstacle)
+
+
+def _attention_obstacle(query: Tensor) -> str | None:
+    if query.device.type not in ("cpu", "cuda", "meta"):
+        return f"no kernel for {query.device.type} tensors yet"
+    return _surroundings_obstacle(query)
+
+
+def attention_explanation(op: str, query: Tensor, *rest: Tensor) -> Explanation:
+    """What :func:`attention_obstacle` finds, and what the operator then runs, in words.
+
+    Args:
+        op: the function, such as "additive_attention".
+        query, rest: its query, keys and values, or as many of them as are known.
+    """
+    obstacle = _FORCED_TORCH if _forced.get() == "torch" else _attention_obstacle(query)
+    obstacle = obstacle or _attention.plain_because(query, *rest)
+    if obstacle is not None:
+        return Explanation(op, "torch", obstacle)
+    if query.is_cuda:
+        return Explanation(op, "triton", "the Triton kernel")
+    return Explanation(op, "cpu", _kernel_in_use())
 
 
 def autocast_dtype(cell: str, x: Tensor, batch_sizes: Tensor | None) -> torch.dtype:
@@ -197,4 +247,8 @@ def recurrent_explanation(
         return Explanation(cell, "torch", obstacle)
     if x.is_cuda:
         return Explanation(cell, "cuda", "the CUDA kernels (use_backend('cuda') is in force)")
-    return Explanation(cell, "cpu", f"the {_native.isa()} kernel ({_native.isa_reason()})")
+    return Explanation(cell, "cpu", _kernel_in_use())
+
+
+def _kernel_in_use() -> str:
+    return f"the {_native.isa()} kernel ({_native.isa_reason()})"

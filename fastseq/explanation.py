@@ -14,6 +14,7 @@ from fastseq.functional import loss
 from fastseq.nn.cells import _FastCell
 from fastseq.nn.loss import LinearCrossEntropy
 from fastseq.nn.rnn import _FastLayer
+from fastseq.nn.scores import _Attention
 
 __all__ = ["explain"]
 
@@ -43,11 +44,17 @@ def explain(target: Callable | torch.nn.Module, *args, **kwargs) -> Explanation:
     if hasattr(target, "explained"):
         # What stands above this module says of itself what it runs.
         return target.explained(*args, **kwargs)
+    if isinstance(target, _Attention):
+        if not args and "query" not in kwargs:
+            args = (next(target.parameters(), torch.empty(0)),)
+        return _explain_attention(type(target).__name__, *args, **kwargs)
     if isinstance(target, torch.nn.Module):
         name = type(target).__name__
         return Explanation(name, "torch", "not one of fastseq's modules")
     if getattr(functional, getattr(target, "__name__", ""), None) is target:
-        return _explain_function(target.__name__, *args, **kwargs)
+        name = target.__name__
+        explain_it = _explain_attention if name.endswith("_attention") else _explain_function
+        return explain_it(name, *args, **kwargs)
     raise TypeError(
         f"fastseq.explain: expected a module or a function of fastseq.functional, got {target!r}"
     )
@@ -63,6 +70,11 @@ def _explain_module(module, input=None, hx=None, lengths=None, resets=None) -> E
         one_step=isinstance(module, _FastCell),
         plain=lengths is None and resets is None and not any(getattr(module, "zoneout", ())),
     )
+
+
+def _explain_attention(name, query, keys=None, values=None, *args, **keywords) -> Explanation:
+    known = [t for t in (keys, values) if t is not None]
+    return backends.attention_explanation(name, query, *known)
 
 
 def _explain_function(name, input, hx=None, params=(), *args, **kwargs) -> Explanation:

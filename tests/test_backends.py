@@ -79,6 +79,20 @@ def test_explain_of_what_torch_could_not_run(proj_size):
 
 
 @native
+def test_explain_of_attention():
+    query, keys, v = torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(4)
+    said = fastseq.explain(functional.additive_attention, query, keys, keys, v)
+    assert said.backend == "cpu" and _native.isa() in said.reason
+    assert fastseq.explain(nn.DotAttention()).backend == "cpu"
+    module = nn.AdditiveAttention(4, 4, 6)
+    assert fastseq.explain(module, query, keys).backend == "cpu"
+    with fastseq.use_backend("torch"):
+        assert "use_backend" in str(fastseq.explain(module))
+    said = fastseq.explain(functional.dot_attention, query.to("meta"), keys, keys)
+    assert said.backend == "torch" and "meta" in said.reason
+
+
+@native
 def test_explain_under_autocast():
     module, x = lstm_and_input()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -37,9 +37,17 @@ def check(case: AttentionCase) -> None:
         where = dict(names=case.names, what=str(case))
         assert_matches(ours, oracle, oracle, case.inputs, case.cotangents, **where)
         return
-    truth = run(case, scores)
+    # Where nearly all weight is on one position the truth's own rounding is seen, as what it
+    # answers to inputs that differ in their last bit.
+    truth, nearby = run(case, scores), run(case.map(in_the_last_bit), scores)
     for name, tensor in run(case).items():
-        assert_close_to_reference(tensor, truth[name], what=f"{case} {name}", terms=case.terms)
+        what = f"{case} {name}"
+        assert_close_to_reference(tensor, truth[name], nearby[name], what=what, terms=case.terms)
+
+
+def in_the_last_bit(t: torch.Tensor) -> torch.Tensor:
+    signs = torch.randint(-1, 2, t.shape, generator=torch.Generator().manual_seed(0))
+    return t * (1 + signs * torch.finfo(t.dtype).eps)
 
 
 def run(case: AttentionCase, module=functional) -> dict:

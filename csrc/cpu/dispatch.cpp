@@ -8,13 +8,15 @@ namespace fastseq {
 
 // The tables of a kernel file compiled for an instruction set; which of them are linked in is the
 // build's choice (FASTSEQ_HAVE_*).
-#define FASTSEQ_TABLES(isa)                                                                   \
-  namespace isa {                                                                             \
-  extern const Machine kMachine;                                                              \
-  extern const Part<BasicFunctions> kBasicPart;                                               \
-  extern const Part<RecurrentFunctions> kRecurrentPart;                                       \
-  extern const Part<DecoderFunctions> kDecoderPart;                                           \
-  static const Kernels kKernels = {#isa, kMachine, kBasicPart, kRecurrentPart, kDecoderPart}; \
+#define FASTSEQ_TABLES(isa)                                                       \
+  namespace isa {                                                                 \
+  extern const Machine kMachine;                                                  \
+  extern const Part<BasicFunctions> kBasicPart;                                   \
+  extern const Part<RecurrentFunctions> kRecurrentPart;                           \
+  extern const Part<DecoderFunctions> kDecoderPart;                               \
+  extern const Part<AttentionFunctions> kAttentionPart;                           \
+  static const Kernels kKernels = {#isa,           kMachine,     kBasicPart,      \
+                                   kRecurrentPart, kDecoderPart, kAttentionPart}; \
   }
 
 FASTSEQ_TABLES(scalar)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention/attention.h"
 #include "decoder/decoder.h"
 #include "gemm/gemm.h"
 #include "recurrent/recurrent.h"
@@ -29,6 +30,12 @@ template <class T>
 struct DecoderFunctions {
   void (*forward)(const DecoderForward<T>&, const Threads&);
   void (*backward)(const DecoderBackward<T>&, const Threads&);
+};
+
+template <class T>
+struct AttentionFunctions {
+  void (*forward)(const AttentionForward<T>&, const Threads&);
+  void (*backward)(const AttentionBackward<T>&, const Threads&);
 };
 
 // The functions of one kernel file, by dtype.
@@ -64,6 +71,7 @@ struct Kernels {
   const Part<BasicFunctions>& basic;
   const Part<RecurrentFunctions>& recurrent;
   const Part<DecoderFunctions>& decoder;
+  const Part<AttentionFunctions>& attention;
 };
 
 // The cells, in the order of csrc/cell/cells.h.

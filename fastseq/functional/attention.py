@@ -89,7 +89,7 @@ def additive_attention(
         query = query + bias
     v = _reference.normalized(v, g)
     where = {"lengths": lengths, "mask": mask}
-    if _on_torch(op, query):
+    if backends.attention_obstacle(op, query):
         return _reference.additive_attention(
             query, keys, values, v, extra=extra, scale=scale, **where
         )
@@ -122,7 +122,7 @@ def dot_attention(
     _check_where(op, query, keys, lengths, mask, scale)
     query, keys, values = _autocast(query, keys, values)
     where = {"lengths": lengths, "mask": mask}
-    if _on_torch(op, query):
+    if backends.attention_obstacle(op, query):
         return _reference.dot_attention(query, keys, values, scale=scale, **where)
     return _run(_op.dot_attention, (query, keys, values), scale, **where)
 
@@ -284,6 +284,7 @@ def _check(op: str, *arguments: tuple[str, Tensor | None, str | None]) -> None:
     """
     first = arguments[0][1]
     sizes: dict[str, int] = {}
+    mixed = isinstance(first, Tensor) and torch.is_autocast_enabled(first.device.type)
     for name, tensor, layout in arguments:
         if tensor is None and tensor is not first:
             continue
@@ -295,7 +296,7 @@ def _check(op: str, *arguments: tuple[str, Tensor | None, str | None]) -> None:
             raise TypeError(
                 f"fastseq.{op}: expected {name} of a floating dtype, got {tensor.dtype}"
             )
-        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        if not mixed and tensor.dtype != first.dtype:
             raise TypeError(
                 f"fastseq.{op}: expected {name} of the query's dtype {first.dtype}, "
                 f"got {tensor.dtype}; convert one with .to()"
@@ -319,13 +320,23 @@ def _check(op: str, *arguments: tuple[str, Tensor | None, str | None]) -> None:
 def _check_shape(
     op: str, name: str, tensor: Tensor, letters: list[str], sizes: dict[str, int]
 ) -> None:
+    shape = tensor.shape
+    # The usual case without the lists that a message is made of: they cost more than a small call.
+    if len(shape) == len(letters):
+        for letter, found in zip(letters, shape, strict=True):
+            if sizes.get(letter, found) != found or "+" in letter:
+                break
+        else:
+            sizes.update(zip(letters, shape, strict=True))
+            return
+
     def extent(letter: str) -> int | None:
         parts = [sizes.get(part) for part in letter.split("+")]
         return None if None in parts else sum(parts)
 
     wanted = [extent(letter) for letter in letters]
-    fits = tensor.dim() == len(letters) and all(
-        size is None or size == found for size, found in zip(wanted, tensor.shape, strict=True)
+    fits = len(shape) == len(letters) and all(
+        size is None or size == found for size, found in zip(wanted, shape, strict=True)
     )
     if not fits:
         known = [
@@ -337,7 +348,7 @@ def _check_shape(
             f"fastseq.{op}: expected {name} of shape [{', '.join(letters)}]{equal}, "
             f"got {list(tensor.shape)}"
         )
-    sizes.update(zip(letters, tensor.shape, strict=True))
+    sizes.update(zip(letters, shape, strict=True))
 
 
 def _check_where(
@@ -397,29 +408,6 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
-def _on_torch(op: str, query: Tensor) -> bool:
-    """Whether the reference has to run, in torch's own operators."""
-    if torch.compiler.is_compiling():
-        return False
-    forced = backends._forced.get()
-    if forced == "torch":
-        return True
-    obstacle = None
-    if query.device.type not in ("cpu", "cuda", "meta"):
-        obstacle = f"no kernel for {query.device.type} tensors yet"
-    elif torch._C._get_tracing_state() is not None:
-        obstacle = "torch.jit.trace records torch's own operators"
-    elif torch.autograd.forward_ad._current_level >= 0:
-        obstacle = "no forward-mode derivative yet"
-    elif torch._C._functorch.peek_interpreter_stack() is not None:
-        obstacle = "no rule for torch.func transforms yet"
-    if obstacle is not None and forced == "cpu":
-        raise RuntimeError(
-            f"fastseq.{op}: expected a call the cpu backend can run, got: {obstacle}"
-        )
-    return obstacle is not None
 
 
 def _run(

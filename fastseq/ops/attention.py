@@ -7,16 +7,29 @@ pass needs besides the arguments: the gradient of ``extra`` is that of ``keys``,
 weights are zero so is everything behind them.
 
 ``KERNELS`` says what runs on which device: a faster kernel takes the place of a slower one there.
+On the CPU that is csrc/ops/attention.cpp, or plain PyTorch where the native library is not loaded.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from fastseq import _native
 from fastseq.ops import attention_plain
 from fastseq.reference import scores
 
-__all__ = ["KERNELS", "additive_attention", "dot_attention"]
+__all__ = ["KERNELS", "additive_attention", "dot_attention", "plain_because"]
+
+
+def plain_because(query: Tensor, *rest: Tensor) -> str | None:
+    """Why the operators run in plain PyTorch on tensors like these; None where a kernel does."""
+    if query.is_cuda:
+        # Imported at the first call: triton is slow to import and may not be there.
+        from fastseq.kernels import attention as kernels
+
+        return kernels.obstacle(query, *rest)
+    return "meta tensors hold nothing to compute" if query.is_meta else _native.why_not_loaded()
 
 
 def _gpu(name: str):
@@ -27,7 +40,6 @@ def _gpu(name: str):
     first = 0 if name.endswith("fwd") else 2
 
     def call(*arguments):
-        # Imported at the first call: triton is slow to import and may not be there.
         from fastseq.kernels import attention as kernels
 
         query, keys, values = arguments[first : first + 3]
@@ -51,10 +63,9 @@ def _without_autocast(kernel, device: str):
 
 _STAGES = ("additive_fwd", "additive_bwd", "dot_fwd", "dot_bwd")
 # Dispatch key -> stage -> implementation, all of one schema a stage.
-KERNELS = {
-    "CPU": {stage: getattr(attention_plain, stage) for stage in _STAGES},
-    "CUDA": {stage: _gpu(stage) for stage in _STAGES},
-}
+KERNELS = {"CUDA": {stage: _gpu(stage) for stage in _STAGES}}
+if not _native.loaded():
+    KERNELS["CPU"] = {stage: getattr(attention_plain, stage) for stage in _STAGES}
 
 _TENSORS = {
     "additive": "Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? extra",

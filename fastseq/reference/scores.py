@@ -191,7 +191,8 @@ def location_features(previous: Tensor, filters: Tensor, weight: Tensor) -> Tens
     side = (filters.shape[2] - 1) // 2
     # One position more than is kept: a convolution refuses to run over nothing.
     found = F.conv1d(F.pad(previous, (side, side + 1)), filters)[..., :-1]
-    return F.linear(found.mT, weight)
+    # Of a transposed input, torch computes a product that depends on who needs gradients.
+    return F.linear(found.mT.contiguous(), weight)
 
 
 def location_attention(

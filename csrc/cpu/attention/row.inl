@@ -5,52 +5,17 @@
 // cotangents may be null where said. Outputs alias no input. Nothing here starts a thread, and no
 // result depends on another row.
 
-// All lanes added up, by halves.
-#if defined(FASTSEQ_SHUFFLE)
-template <class T, int Half, int... I>
-FASTSEQ_INLINE Vec<T> other_half(Vec<T> a, typename Square<T>::template Indices<I...>) {
-  return __builtin_shufflevector(a, a, (I ^ Half)...);
-}
-template <class T, int Half = kLanes<T> / 2>
-FASTSEQ_INLINE T sum_of_lanes(Vec<T> a) {
-  if constexpr (Half == 0) {
-    return a[0];
-  } else {
-    using All = typename Square<T>::template Upto<kLanes<T>>::type;
-    return sum_of_lanes<T, Half / 2>(a + other_half<T, Half>(a, All{}));
-  }
-}
-#else
-template <class T>
-FASTSEQ_INLINE T sum_of_lanes(Vec<T> a) {
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) a[lane] += a[lane + half];
-  }
-  return a[0];
-}
-#endif
+#include "terms.inl"
 
-template <class T>
-FASTSEQ_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
-  return a > b ? a : b;
-}
-
-// e^x for x <= 0, zero where it would be subnormal; NaN stays NaN.
-template <class T>
-FASTSEQ_INLINE Vec<T> exp_below_zero(Vec<T> x) {
-  using C = ExpConstants<T>;
-  const Exp<T> e = exp_parts<T>(clamp(x, C::min, C::max));
-  return x < broadcast(C::min) ? Vec<T>{} : (e.expm1 + T(1)) * e.power;
-}
-
-// What stands inside the tanh for lanes k, k + 1, ... of one position.
-template <class T, bool Extra>
-FASTSEQ_INLINE Vec<T> additive_term(Vec<T> q, const T* key, const T* extra, int64_t k, int lanes) {
-  const Vec<T> sum = q + load(key + k, lanes);
-  return Extra ? sum + load(extra + k, lanes) : sum;
-}
+// Bytes of rows that others pass over in turn: a third of a first-level cache.
+constexpr int64_t kNearBytes = 16 << 10;
 
 template <class T, bool Extra>
+FASTSEQ_INLINE Vec<T> additive_key(const T* key, const T* extra, int64_t k, int lanes) {
+  return Extra ? load(key + k, lanes) + load(extra + k, lanes) : load(key + k, lanes);
+}
+
+template <class Terms, bool Extra, class T>
 FASTSEQ_INLINE T additive_score(const T* q, const T* key, const T* extra, int64_t K, const T* v) {
   constexpr int N = kLanes<T>;
   Vec<T> total{};
@@ -59,14 +24,16 @@ FASTSEQ_INLINE T additive_score(const T* q, const T* key, const T* extra, int64_
     Two<T> sum{};
     int64_t k = k0;
     for (; k + 2 * N <= end; k += 2 * N) {
-      const Two<T> x = {additive_term<T, Extra>(load(q + k), key, extra, k, N),
-                        additive_term<T, Extra>(load(q + k + N), key, extra, k + N, N)};
-      sum = fma(Two<T>{load(v + k), load(v + k + N)}, tanh(x), sum);
+      const int64_t next = k + N;
+      const Vec<T> t = Terms::value(load(q + k), additive_key<T, Extra>(key, extra, k, N));
+      const Vec<T> u = Terms::value(load(q + next), additive_key<T, Extra>(key, extra, next, N));
+      sum = fma(Two<T>{load(v + k), load(v + next)}, Two<T>{t, u}, sum);
     }
     for (; k < end; k += N) {
       const int lanes = int(min64(N, end - k));
-      const Vec<T> x = additive_term<T, Extra>(load(q + k, lanes), key, extra, k, lanes);
-      sum.a = fma(load(v + k, lanes), tanh(x), sum.a);
+      const Vec<T> t =
+          Terms::value(load(q + k, lanes), additive_key<T, Extra>(key, extra, k, lanes));
+      sum.a = fma(load(v + k, lanes), t, sum.a);
     }
     total += sum.a + sum.b;
   }
@@ -74,65 +41,121 @@ FASTSEQ_INLINE T additive_score(const T* q, const T* key, const T* extra, int64_
 }
 
 // e[s] = scale * sum over k of v[k] tanh(q[k] + keys[s][k] + extra[s][k]); extra may be null.
-// Positions that `mask` (null: all) does not attend to are skipped: e is 0 there.
-template <class T>
-void additive_scores(const T* q, const T* keys, int64_t key_stride, const T* extra,
-                     int64_t extra_stride, int64_t S, int64_t K, const T* v, T scale, T* e,
-                     const uint8_t* mask = nullptr) {
+// Positions that `mask` (null: all) does not attend to are skipped: e is 0 there. With
+// ExponentialTerms for Terms, q and keys are exponentials(), and extra is in them.
+template <class Terms, class T>
+void additive_scores_by(const T* q, const T* keys, int64_t key_stride, const T* extra,
+                        int64_t extra_stride, int64_t S, int64_t K, const T* v, T scale, T* e,
+                        const uint8_t* mask) {
   for (int64_t s = 0; s < S; ++s) {
     const T* key = keys + s * key_stride;
     if (mask && !mask[s]) {
       e[s] = 0;
     } else if (extra) {
-      e[s] = scale * additive_score<T, true>(q, key, extra + s * extra_stride, K, v);
+      e[s] = scale * additive_score<Terms, true>(q, key, extra + s * extra_stride, K, v);
     } else {
-      e[s] = scale * additive_score<T, false>(q, key, nullptr, K, v);
+      e[s] = scale * additive_score<Terms, false>(q, key, extra, K, v);
     }
   }
 }
 
-// q against Rows rows of keys.
-template <class T, int Rows>
-FASTSEQ_INLINE void dot_rows(const T* q, const T* keys, int64_t stride, int64_t K, T scale, T* e) {
+template <class T>
+void additive_scores(const T* q, const T* keys, int64_t key_stride, const T* extra,
+                     int64_t extra_stride, int64_t S, int64_t K, const T* v, T scale, T* e,
+                     const uint8_t* mask = nullptr) {
+  additive_scores_by<DirectTerms<T>>(q, keys, key_stride, extra, extra_stride, S, K, v, scale, e,
+                                     mask);
+}
+
+// Queries rows of q against Rows rows of keys.
+template <class T, int Queries, int Rows>
+FASTSEQ_INLINE void dot_tile(const T* q, int64_t q_stride, const T* keys, int64_t key_stride,
+                             int64_t K, T scale, T* e, int64_t e_stride) {
   constexpr int N = kLanes<T>;
-  Vec<T> total[Rows] = {};
-  for (int64_t k0 = 0; k0 < K; k0 += 2 * N * kChain) {
-    const int64_t end = min64(k0 + 2 * N * kChain, K);
-    Two<T> sum[Rows] = {};
+  Vec<T> total[Queries][Rows] = {};
+  for (int64_t k0 = 0; k0 < K; k0 += N * kChain) {
+    const int64_t end = min64(k0 + N * kChain, K);
+    Vec<T> sum[Queries][Rows] = {};
+    const auto step = [&](int64_t k, int lanes) __attribute__((always_inline)) {
+      Vec<T> key[Rows];
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) key[r] = load(keys + r * key_stride + k, lanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < Queries; ++i) {
+        const Vec<T> x = load(q + i * q_stride + k, lanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) sum[i][r] = fma(x, key[r], sum[i][r]);
+      }
+    };
     int64_t k = k0;
-    for (; k + 2 * N <= end; k += 2 * N) {
-      const Two<T> x = {load(q + k), load(q + k + N)};
+    for (; k + N <= end; k += N) step(k, N);
+    if (k < end) step(k, int(end - k));
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        const T* key = keys + r * stride + k;
-        sum[r] = fma(x, Two<T>{load(key), load(key + N)}, sum[r]);
-      }
+    for (int i = 0; i < Queries; ++i) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) total[i][r] += sum[i][r];
     }
-    for (; k < end; k += N) {
-      const int lanes = int(min64(N, end - k));
-      const Vec<T> x = load(q + k, lanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        sum[r].a = fma(x, load(keys + r * stride + k, lanes), sum[r].a);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) total[r] += sum[r].a + sum[r].b;
   }
+  if constexpr (Queries * Rows % N == 0) {
+    alignas(64) T sums[Queries * Rows];
+#pragma GCC unroll 8
+    for (int first = 0; first < Queries * Rows; first += N) {
+      Vec<T> together[N];
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) together[i] = total[(first + i) / Rows][(first + i) % Rows];
+      store(sums + first, scale * sums_of_lanes<T>(together));
+    }
+    for (int i = 0; i < Queries; ++i) {
+      __builtin_memcpy(e + i * e_stride, sums + i * Rows, Rows * sizeof(T));
+    }
+  } else {
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) e[r] = scale * sum_of_lanes<T>(total[r]);
+    for (int i = 0; i < Queries; ++i) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) e[i * e_stride + r] = scale * sum_of_lanes<T>(total[i][r]);
+    }
+  }
 }
 
-// e[s] = scale * sum over k of q[k] keys[s][k].
+// e[i][s] = scale * sum over k of q[i][k] keys[s][k], for Q queries of one source.
+template <class T>
+void dot_products(const T* q, int64_t q_stride, int64_t Q, const T* keys, int64_t key_stride,
+                  int64_t S, int64_t K, T scale, T* e, int64_t e_stride) {
+  // The sums, and a row of operands, fill the registers.
+  constexpr int kQueries = FASTSEQ_VECTOR_BYTES == 64 ? 4 : 2, kRowsOfKeys = 4;
+  // Queries that stay in the first-level cache while the keys pass.
+  const int64_t together =
+      max64(1, kNearBytes / int64_t(sizeof(T)) / kQueries / max64(1, K)) * kQueries;
+  for (int64_t q0 = 0; q0 < Q; q0 += together) {
+    const int64_t q1 = min64(q0 + together, Q);
+    for (int64_t s = 0; s < S; s += kRowsOfKeys) {
+      const T* key = keys + s * key_stride;
+      const int64_t rows = min64(kRowsOfKeys, S - s);
+      int64_t i = q0;
+      for (; i + kQueries <= q1 && rows == kRowsOfKeys; i += kQueries) {
+        dot_tile<T, kQueries, kRowsOfKeys>(q + i * q_stride, q_stride, key, key_stride, K, scale,
+                                           e + i * e_stride + s, e_stride);
+      }
+      for (; i < q1; ++i) {
+        const T* x = q + i * q_stride;
+        T* to = e + i * e_stride + s;
+        if (rows == kRowsOfKeys) {
+          dot_tile<T, 1, kRowsOfKeys>(x, 0, key, key_stride, K, scale, to, 0);
+          continue;
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          dot_tile<T, 1, 1>(x, 0, key + r * key_stride, 0, K, scale, to + r, 0);
+        }
+      }
+    }
+  }
+}
+
+// The same of one query.
 template <class T>
 void dot_scores(const T* q, const T* keys, int64_t key_stride, int64_t S, int64_t K, T scale,
                 T* e) {
-  constexpr int kTogether = 4;
-  int64_t s = 0;
-  for (; s + kTogether <= S; s += kTogether) {
-    dot_rows<T, kTogether>(q, keys + s * key_stride, key_stride, K, scale, e + s);
-  }
-  for (; s < S; ++s) dot_rows<T, 1>(q, keys + s * key_stride, key_stride, K, scale, e + s);
+  dot_products(q, 0, 1, keys, key_stride, S, K, scale, e, 0);
 }
 
 // Scores to weights, in place. Zero where `mask` (null: all) does not attend, whatever e holds
@@ -147,9 +170,11 @@ void masked_softmax(T* e, const uint8_t* mask, int64_t S) {
   T largest = kLowest;
   int64_t s = 0;
   if (S >= N) {
-    Vec<T> most = load(e);
-    for (s = N; s + N <= S; s += N) most = larger<T>(load(e + s), most);
-    for (int lane = 0; lane < N; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+    // The last vector overlaps the one before.
+    Vec<T> most = larger<T>(load(e + S - N), broadcast(kLowest));
+    for (; s + N <= S; s += N) most = larger<T>(load(e + s), most);
+    largest = largest_lane<T>(most);
+    s = S;
   }
   for (; s < S; ++s) largest = e[s] > largest ? e[s] : largest;
   if (mask && largest == kLowest) {
@@ -161,7 +186,7 @@ void masked_softmax(T* e, const uint8_t* mask, int64_t S) {
     const int lanes = int(min64(N, S - s));
     const Vec<T> power = exp_below_zero<T>(load(e + s, lanes) - largest);
     store(e + s, power, lanes);
-    sum += lanes < N ? load(e + s, lanes) : power;
+    sum += lanes < N ? first_lanes<T>(power, lanes) : power;
   }
   const Vec<T> divisor = broadcast(sum_of_lanes<T>(sum));
   for (s = 0; s < S; s += N) {
@@ -215,21 +240,22 @@ void weighted_sum(const T* p, const T* values, int64_t stride, int64_t S, int64_
   }
 }
 
-// d_e[s], the gradient of the scores before `scale`, from those of the context [C] and of the
-// weights p [S], one of which may be null. Zero wherever p is.
+// d_e[s], holding the gradient of the weights p [S] through the context, to the gradient of the
+// scores before `scale`; d_weights [S], what else there is of the weights' gradient, may be null.
+// Zero wherever p is.
 template <class T>
-void score_gradients(const T* p, const T* d_context, const T* d_weights, const T* values,
-                     int64_t stride, int64_t S, int64_t C, T scale, T* d_e) {
+void softmax_gradient(const T* p, const T* d_weights, int64_t S, T scale, T* d_e) {
   constexpr int N = kLanes<T>;
-  if (d_context) dot_scores(d_context, values, stride, S, C, T(1), d_e);
   Vec<T> total{};
   for (int64_t s0 = 0; s0 < S; s0 += N * kChain) {
     Vec<T> sum{};
     for (int64_t s = s0; s < min64(s0 + N * kChain, S); s += N) {
       const int lanes = int(min64(N, S - s));
-      Vec<T> d_p = d_context ? load(d_e + s, lanes) : Vec<T>{};
-      if (d_weights) d_p += load(d_weights + s, lanes);
-      store(d_e + s, d_p, lanes);
+      Vec<T> d_p = load(d_e + s, lanes);
+      if (d_weights) {
+        d_p += load(d_weights + s, lanes);
+        store(d_e + s, d_p, lanes);
+      }
       sum = fma(load(p + s, lanes), d_p, sum);
     }
     total += sum;
@@ -239,6 +265,19 @@ void score_gradients(const T* p, const T* d_context, const T* d_weights, const T
     const int lanes = int(min64(N, S - s));
     store(d_e + s, (load(d_e + s, lanes) - mean) * load(p + s, lanes) * scale, lanes);
   }
+}
+
+// d_e[s], the gradient of the scores before `scale`, from those of the context [C] and of the
+// weights p [S], one of which may be null.
+template <class T>
+void score_gradients(const T* p, const T* d_context, const T* d_weights, const T* values,
+                     int64_t stride, int64_t S, int64_t C, T scale, T* d_e) {
+  if (d_context) {
+    dot_scores(d_context, values, stride, S, C, T(1), d_e);
+  } else {
+    for (int64_t s = 0; s < S; ++s) d_e[s] = 0;
+  }
+  softmax_gradient(p, d_weights, S, scale, d_e);
 }
 
 template <class T, bool Extra>
@@ -251,9 +290,11 @@ FASTSEQ_INLINE void additive_query_lanes(const T* q, const T* keys, int64_t key_
     Vec<T> sum{};
     for (int64_t s = s0; s < min64(s0 + kChain, S); ++s) {
       if (d_e[s] == T(0)) continue;
-      const Vec<T> t = tanh(additive_term<T, Extra>(
-          x, keys + s * key_stride, Extra ? extra + s * extra_stride : extra, k, lanes));
-      sum = fma(broadcast(d_e[s]), fma(-t, t, broadcast(T(1))), sum);
+      const T* more = Extra ? extra + s * extra_stride : extra;
+      Vec<T> t, slope;
+      DirectTerms<T>::both(x, additive_key<T, Extra>(keys + s * key_stride, more, k, lanes), t,
+                           slope);
+      sum = fma(broadcast(d_e[s]), slope, sum);
     }
     total += sum;
   }
@@ -282,7 +323,7 @@ void additive_query_gradient(const T* q, const T* keys, int64_t key_stride, cons
 template <class T>
 struct ScoredQueries {
   int64_t Q;
-  const T* q;  // [Q][K]
+  const T* q;  // [Q][K], in the form of the terms
   int64_t q_stride;
   const T* d_e;  // [Q][S], as score_gradients makes it
   int64_t d_e_stride;
@@ -294,7 +335,7 @@ struct ScoredQueries {
 // key's gradient while the queries pass.
 constexpr int kPositions = FASTSEQ_VECTOR_BYTES == 64 ? 4 : 2;
 
-template <class T, int Positions>
+template <class Terms, int Positions, class T>
 FASTSEQ_INLINE void additive_source_lanes(const ScoredQueries<T>& a, const Vec<T> (&key)[Positions],
                                           int64_t s, int64_t k, int lanes, const T* v, T* d_keys,
                                           int64_t d_key_stride, T* d_v) {
@@ -312,8 +353,9 @@ FASTSEQ_INLINE void additive_source_lanes(const ScoredQueries<T>& a, const Vec<T
       Vec<T> d_query{};
 #pragma GCC unroll 4
       for (int r = 0; r < Positions; ++r) {
-        const Vec<T> t = tanh(q + key[r]), d = broadcast(d_e[r]);
-        const Vec<T> d_term = d * fma(-t, t, broadcast(T(1)));
+        Vec<T> t, slope;
+        Terms::both(q, key[r], t, slope);
+        const Vec<T> d = broadcast(d_e[r]), d_term = d * slope;
         sum[r] += d_term;
         d_query += d_term;
         d_v_sum = fma(d, t, d_v_sum);
@@ -338,10 +380,10 @@ FASTSEQ_INLINE void additive_source_lanes(const ScoredQueries<T>& a, const Vec<T
 // under all of its queries; where a.d_q is given, those of the queries too, added to. d_v and d_q
 // are sums over ceil(S / kPositions) parts in a row: a long source is better given in pieces with
 // gradients of their own.
-template <class T>
-void additive_source_gradients(const ScoredQueries<T>& a, const T* keys, int64_t key_stride,
-                               const T* extra, int64_t extra_stride, int64_t S, int64_t K,
-                               const T* v, T* d_keys, int64_t d_key_stride, T* d_v) {
+template <class Terms, class T>
+void additive_source_gradients_by(const ScoredQueries<T>& a, const T* keys, int64_t key_stride,
+                                  const T* extra, int64_t extra_stride, int64_t S, int64_t K,
+                                  const T* v, T* d_keys, int64_t d_key_stride, T* d_v) {
   constexpr int N = kLanes<T>;
   for (int64_t s = 0; s < S; s += kPositions) {
     with_const<kPositions>(int(min64(kPositions, S - s)), [&](auto count) {
@@ -353,9 +395,18 @@ void additive_source_gradients(const ScoredQueries<T>& a, const T* keys, int64_t
         for (int r = 0; r < kCount; ++r) {
           key[r] = load(keys + (s + r) * key_stride + k, lanes);
           if (extra) key[r] += load(extra + (s + r) * extra_stride + k, lanes);
+          key[r] = Terms::form(key[r]);
         }
-        additive_source_lanes<T, kCount>(a, key, s, k, lanes, v, d_keys, d_key_stride, d_v);
+        additive_source_lanes<Terms, kCount>(a, key, s, k, lanes, v, d_keys, d_key_stride, d_v);
       }
     });
   }
+}
+
+template <class T>
+void additive_source_gradients(const ScoredQueries<T>& a, const T* keys, int64_t key_stride,
+                               const T* extra, int64_t extra_stride, int64_t S, int64_t K,
+                               const T* v, T* d_keys, int64_t d_key_stride, T* d_v) {
+  additive_source_gradients_by<DirectTerms<T>>(a, keys, key_stride, extra, extra_stride, S, K, v,
+                                               d_keys, d_key_stride, d_v);
 }
