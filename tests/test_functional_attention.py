@@ -47,7 +47,7 @@ def check(case: AttentionCase) -> None:
 
 def in_the_last_bit(t: torch.Tensor) -> torch.Tensor:
     signs = torch.randint(-1, 2, t.shape, generator=torch.Generator().manual_seed(0))
-    return t * (1 + signs * torch.finfo(t.dtype).eps)
+    return t * (1 + signs.to(t.dtype) * torch.finfo(t.dtype).eps)
 
 
 def run(case: AttentionCase, module=functional) -> dict:
@@ -88,6 +88,9 @@ def test_values_and_gradients(index, size, score):
         if 0 in size:
             # The norm of an empty v has no gradient.
             options = options | {"g": False}
+        if score == "dot" and dtype == torch.float64:
+            # Or one weight is all but 1, and the truth's own rounding is larger than its gradient.
+            options = options | {"scale": size[3] ** -0.5 if size[3] else 1.0}
         check(attention_case(score, *size, **where, **options, dtype=dtype, seed=index))
 
 
