@@ -126,6 +126,17 @@ def test_numbers_beyond_the_range(score, size, isa):
             torch.testing.assert_close(one, other, equal_nan=True)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_small_terms_under_a_large_v(isa):
+    """The scores' error follows the terms, not 1, where v would carry it into the weights."""
+    _native.set_isa(isa)
+    case = attention_case("additive", 3, 6, 17, 40, 9)
+    case = case.map(lambda t: t * 1e-3, "query", "keys").map(lambda t: t * 200, "v")
+    oracle = case.functional(scores)
+    call = case.functional(functional)
+    assert_matches(call, oracle, oracle, case.inputs, case.cotangents, names=case.names)
+
+
 @pytest.mark.parametrize("changes", ["keys", "values", "v", "extra", "lengths", "mask", "dtype"])
 def test_the_operator_refuses_what_does_not_fit(changes):
     arguments = dict(
