@@ -10,9 +10,6 @@ namespace ops {
 
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using torch::headeronly::ScalarType;
-
 // What both passes are called with, checked, in the dtype that is computed in.
 struct Call {
   const char* op;
@@ -92,15 +89,6 @@ void fill_inputs(const Call& c, AttentionInputs<T>& a) {
   a.extra = rows_of<T>(c.extra);
   a.lengths = read<int64_t>(c.lengths);
   a.scale = T(c.scale);
-}
-
-template <class F>
-void by_dtype(const Tensor& t, const F& f) {
-  if (t.scalar_type() == ScalarType::Double) {
-    f(double{});
-  } else {
-    f(float{});
-  }
 }
 
 std::tuple<Tensor, Tensor> forward(const Call& c, const OptionalTensor& mask) {

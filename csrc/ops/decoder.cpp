@@ -11,10 +11,6 @@ namespace ops {
 
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
-using torch::headeronly::ScalarType;
-
 // What both ops are called with, checked and contiguous.
 struct Call {
   const char* op;
@@ -194,15 +190,6 @@ int64_t lay_out(const Call& c, bool save, T* base, DecoderSaved<T>& saved) {
   if (save && c.w_q) saved.query = take(s.K, 0);
   if (s.A) saved.attended = take(s.C + s.H, 0);
   return used;
-}
-
-template <class F>
-void by_dtype(const Tensor& t, const F& f) {
-  if (t.scalar_type() == ScalarType::Double) {
-    f(double{});
-  } else {
-    f(float{});
-  }
 }
 
 int64_t saved_size(const Call& c, bool save) {

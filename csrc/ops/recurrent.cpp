@@ -13,10 +13,6 @@ namespace ops {
 
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
-using torch::headeronly::ScalarType;
-
 // Which sequences run at which step; see RecurrentShape.
 struct Steps {
   std::vector<int64_t> rows, first, order;
@@ -268,15 +264,6 @@ void clear_padding(const Call& c, const Tensor& t) {
     for (int64_t b = s.rows[step]; b < s.B; ++b) {
       std::fill_n(rows.at(s, step, b), t.size(2), T(0));
     }
-  }
-}
-
-template <class F>
-void by_dtype(const Tensor& t, const F& f) {
-  if (t.scalar_type() == ScalarType::Double) {
-    f(double{});
-  } else {
-    f(float{});
   }
 }
 

@@ -15,10 +15,6 @@ namespace ops {
 
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
-using torch::headeronly::ScalarType;
-
 constexpr int64_t kAnyWay = 0, kStep = 1, kWhole = 2;
 
 ScalarType wide_type(const Tensor& t) {
@@ -52,7 +48,7 @@ Tensor scratch(const Tensor& like, ScalarType type, std::initializer_list<int64_
 }
 
 template <class F>
-void by_dtype(const Tensor& t, const F& f) {
+void by_device_dtype(const Tensor& t, const F& f) {
   switch (t.scalar_type()) {
     case ScalarType::Double:
       return f(double{});
@@ -152,7 +148,7 @@ int64_t recurrent_cuda_fwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
   require(b_hh.empty() || int64_t(b_hh.size()) == D, "fastseq.", op, ": expected D biases");
 
   int64_t taken = kStep;
-  by_dtype(zx, [&](auto zero) {
+  by_device_dtype(zx, [&](auto zero) {
     using T_ = decltype(zero);
     using W = cuda::Wide<T_>;
     const auto& kernels = cuda::recurrent_kernels<T_>(int(cell));
@@ -221,7 +217,7 @@ int64_t recurrent_cuda_bwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
           ": expected dc0 beside dh0 of a cell with two states");
 
   int64_t taken = kStep;
-  by_dtype(saved, [&](auto zero) {
+  by_device_dtype(saved, [&](auto zero) {
     using T_ = decltype(zero);
     using W = cuda::Wide<T_>;
     const auto& kernels = cuda::recurrent_kernels<T_>(int(cell));

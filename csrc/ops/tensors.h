@@ -9,13 +9,17 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "../cpu/support/threads.h"
 
 namespace fastseq {
 namespace ops {
 
+using OptionalTensor = std::optional<torch::stable::Tensor>;
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
 
 // A new contiguous tensor of like's dtype and device, uninitialised.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes);
@@ -55,6 +59,16 @@ const T* read(const std::optional<Tensor>& t) {
 template <class T>
 T* write(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
+}
+
+// f(double{}) for a float64 tensor, else f(float{}): the dtypes that CPU kernels have.
+template <class F>
+void by_dtype(const Tensor& t, const F& f) {
+  if (t.scalar_type() == ScalarType::Double) {
+    f(double{});
+  } else {
+    f(float{});
+  }
 }
 
 }  // namespace ops

@@ -11,6 +11,7 @@ Translate".
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -295,21 +296,7 @@ class Decoder(nn.Module):
             return self.fc.weight.new_empty(trg.shape[0], 0, self.fc.in_features)
         if mask is not None:
             check_mask(mask, *encoder_outputs.shape[:2])
-        query_weight, keys = self.attention.split(encoder_outputs)
-
-        def run(input: Tensor, state: tuple[Tensor, ...], **fed: object) -> Decoded:
-            return attention_decoder(
-                input,
-                state,
-                keys,
-                encoder_outputs,
-                self.lstm.all_weights[0],
-                query_weight=query_weight,
-                v=self.attention.v.weight[0],
-                mask=mask,
-                **fed,
-            )
-
+        run = self._loop(encoder_outputs, mask)
         tokens, state = trg[:, : len(forced)], (hidden, cell)
         where = "models.attention.Decoder"
         if all(forced):
@@ -356,22 +343,28 @@ class Decoder(nn.Module):
             return None
         if backends.recurrent_obstacle("lstm", encoder_outputs, (hidden,)) is not None:
             return None
-        query_weight, keys = self.attention.split(encoder_outputs)
-        decoded = attention_decoder(
+        decoded = self._loop(encoder_outputs, mask)(
             start.unsqueeze(1).expand(-1, max_length).contiguous(),
             (hidden, cell),
-            keys,
-            encoder_outputs,
-            self.lstm.all_weights[0],
-            query_weight=query_weight,
-            v=self.attention.v.weight[0],
-            mask=mask,
             embedding=self.embedding.weight,
             forced=(True, *[False] * max_length),
             output=(self.fc.weight, self.fc.bias),
             end_token=end_token,
         )
         return decoded.tokens[:, 1:], decoded.weights
+
+    def _loop(self, encoder_outputs: Tensor, mask: Tensor | None) -> Callable[..., Decoded]:
+        """The loop on a source, its keys projected; inputs and states are still to be given."""
+        query_weight, keys = self.attention.split(encoder_outputs)
+        return partial(
+            attention_decoder,
+            keys=keys,
+            values=encoder_outputs,
+            params=self.lstm.all_weights[0],
+            query_weight=query_weight,
+            v=self.attention.v.weight[0],
+            mask=mask,
+        )
 
     def _in_one_call(self, forced: bool) -> bool:
         """Whether the parts are what :class:`Decoder` made them, so that the loop is one call.

@@ -47,10 +47,11 @@ struct DecoderBackwardLoop {
     }
     by_query.lay_out(memory, after() && a.w_q ? s.K : 0, s.H, false);
     by_attended.lay_out(memory, s.A, s.A ? s.C + s.H : 0, false);
-    dquery = by_step(s.K);
     if (query_beside()) {
       dquery = dsums[top()];
       dquery.base += cell::kSums<Cell> * s.H;
+    } else {
+      dquery = by_step(s.K);
     }
     dscores = by_step(s.S);
     dcontext = by_step(s.C);

@@ -46,8 +46,9 @@ struct DecoderForwardLoop {
     int64_t b0, b1;
     int64_t* live;  // the sequences that go on
     const T** from;
-    T* from_x;  // [rows, G*H]
-    T* from_h;  // [rows, G*H + K]
+    T* from_x;    // [rows, G*H]
+    T* from_h;    // [rows, G*H], of a layer below the top
+    T* from_top;  // [rows, G*H + K], of the top layer's h: its sums, and the query beside them
     CellForwardRow<Cell, T>* cells;
     T* c;      // [L, rows, H]
     T* query;  // [rows, K], where it is not saved
@@ -76,7 +77,8 @@ struct DecoderForwardLoop {
       task.live = memory.template take<int64_t>(size_t(rows));
       task.from = memory.template take<const T*>(size_t(rows));
       task.from_x = memory.template take<T>(size_t(rows * gates()));
-      task.from_h = memory.template take<T>(size_t(rows * by_h_width()));
+      task.from_h = memory.template take<T>(size_t(s.L > 1 ? rows * gates() : 0));
+      task.from_top = memory.template take<T>(size_t(rows * by_h_width()));
       task.cells = memory.template take<CellForwardRow<Cell, T>>(size_t(rows));
       task.c = memory.template take<T>(size_t(s.L * rows * s.H));
       task.query = memory.template take<T>(size_t(a.saved.query.base ? 0 : rows * s.K));
@@ -153,12 +155,14 @@ struct DecoderForwardLoop {
 
   // One layer's cells, from the sums of its input.
   void cells(Task& task, int64_t l, int64_t t, int64_t count) {
-    const int64_t width = l == top() ? by_h_width() : gates();
+    const bool highest = l == top();
+    const T* from_h = highest ? task.from_top : task.from_h;
+    const int64_t width = highest ? by_h_width() : gates();
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = task.live[i];
       T* c = Cell::kStates == 2 ? c_of(task, l, b) : nullptr;
       task.cells[i] = {task.from_x + i * gates(),
-                       task.from_h + i * width,
+                       from_h + i * width,
                        a.saved.h[l].at(t, b),
                        c,
                        a.saved.h[l].at(t + 1, b),
@@ -177,12 +181,8 @@ struct DecoderForwardLoop {
 
   void layers(Task& task, int64_t t, int64_t count) {
     for (int64_t l = 0; l < s.L; ++l) {
-      if (l != top() || after()) {
-        for (int64_t i = 0; i < count; ++i) task.from[i] = a.saved.h[l].at(t, task.live[i]);
-        multiply(by_h[l], count, task.from, task.from_h, gates());
-      } else if (top() > 0) {
-        multiply_top(task, t, count);
-      }
+      // Attention before the cell has made the top layer's with the query.
+      if (l != top() || after()) multiply_h(task, l, t, count);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t b = task.live[i];
         task.from[i] = l ? a.saved.out[l - 1].at(t + 1, b) : a.saved.input.at(t, b);
@@ -197,20 +197,24 @@ struct DecoderForwardLoop {
     }
   }
 
-  // The recurrent sums of the top layer, and the query from the same h.
-  void multiply_top(Task& task, int64_t t, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) task.from[i] = a.saved.h[top()].at(t, task.live[i]);
-    multiply(by_h[top()], count, task.from, task.from_h, by_h_width());
+  // The recurrent sums of a layer; where by_h has W_q too, the query beside them.
+  void multiply_h(Task& task, int64_t l, int64_t t, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) task.from[i] = a.saved.h[l].at(t, task.live[i]);
+    if (l == top()) {
+      multiply(by_h[l], count, task.from, task.from_top, by_h_width());
+    } else {
+      multiply(by_h[l], count, task.from, task.from_h, gates());
+    }
   }
 
   void attend_before(Task& task, int64_t t, int64_t count) {
-    multiply_top(task, t, count);
+    multiply_h(task, top(), t, count);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = task.live[i];
       const T* query = a.saved.h[top()].at(t, b);
       if (a.w_q) {
         T* kept = query_of(task, t, b);
-        copy_row(kept, task.from_h + i * by_h_width() + gates(), s.K);
+        copy_row<T>(kept, task.from_top + i * by_h_width() + gates(), s.K);
         query = kept;
       }
       attend<T>(a, b, query, a.weights.at(t, b), a.saved.input.at(t, b) + s.E);
