@@ -28,32 +28,29 @@ FASTSEQ_TILE void sums_of_panels(const SumsTile<T>& tile, T* out) {
   };
   constexpr int kSecondHalf = L::kColumns * kLanes<T>;
   auto to = [&](int m, int v) { return out + (group(v) * Rows + m) * L::kOut * kLanes<T>; };
-  Vec<T> acc[Rows][kVectors];
-#pragma GCC unroll 12
-  for (int m = 0; m < Rows; ++m) {
-#pragma GCC unroll 12
-    for (int v = 0; v < kVectors; ++v) {
-      acc[m][v] = load(tile.start[m] + group(v) * tile.start_stride + place(v));
-    }
-  }
+  // (start + x product) + h product, each product summed alone: terms added to a large bias one by
+  // one would each be rounded to its size.
+  auto start = [&](int m, int v, int at) {
+    return load(tile.start[m] + group(v) * tile.start_stride + at);
+  };
+  Vec<T> acc[Rows][kVectors] = {};
   const int64_t stride_x = tile.x_width * L::kWide * kLanes<T>;
   const int64_t stride_h = tile.h_width * L::kWide * kLanes<T>;
   const T* panel_x = tile.panel_x + First * stride_x;
   const T* panel_h = tile.panel_h + First * stride_h;
   const int next = tile.back && First + Panels == L::kPanels ? 1 - 2 * L::kPanels : 1;
-  if (tile.x_width) {
+  const bool with_x = tile.x_width > 0;
+  if (with_x) {
     multiply<T, Rows, L::kWide, Panels>(tile.x_width, RowsOfA<T>{tile.x}, panel_x, stride_x, acc,
                                         fetch_soon(panel_x, stride_x, next, tile.order));
   }
-  if constexpr (L::kApart >= 0) {
 #pragma GCC unroll 12
-    for (int m = 0; m < Rows; ++m) {
+  for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 12
-      for (int v = 0; v < kVectors; ++v) {
-        if (!apart(v)) continue;
-        store(to(m, v) + place(v), acc[m][v]);
-        acc[m][v] = load(tile.start[m] + group(v) * tile.start_stride + kSecondHalf);
-      }
+    for (int v = 0; v < kVectors; ++v) {
+      if (!with_x && !apart(v)) continue;
+      store(to(m, v) + place(v), acc[m][v] + start(m, v, place(v)));
+      acc[m][v] = Vec<T>{};
     }
   }
   if (tile.h_width) {
@@ -64,7 +61,9 @@ FASTSEQ_TILE void sums_of_panels(const SumsTile<T>& tile, T* out) {
   for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 12
     for (int v = 0; v < kVectors; ++v) {
-      store(to(m, v) + (apart(v) ? kSecondHalf : place(v)), acc[m][v]);
+      const int at = apart(v) ? kSecondHalf : place(v);
+      T* sum = to(m, v) + at;
+      store(sum, acc[m][v] + (with_x && !apart(v) ? load(sum) : start(m, v, at)));
     }
   }
 }
