@@ -58,6 +58,8 @@ def test_interrupted_in_a_long_call(grad):
         import signal, threading, time, os
         import torch
         from fastseq import nn
+        # Python leaves it as it is where the shell has started the tests in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(2)
         layer, small = nn.LSTM(64, 128), torch.randn(5, 3, 64)
         expected, long = layer(small)[0], torch.randn(400, 16, 64)
