@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from benchmarks.bench_loss import peak_bytes
 from benchmarks.command import Row, command, milliseconds
 from fastseq.models import attention as fast
 from fastseq.reference import attention as reference
-from fastseq.testing import assert_close_to_reference
+from fastseq.testing import assert_matches
 
 COLUMNS = (
     "V E H B S T forcing status fastseq_ms reference_ms ratio target met tuned_ms tuned_ratio "
@@ -69,42 +70,65 @@ class Tuned(nn.Module):
         return decoder.fc(torch.stack(found, dim=1))
 
 
+def loss(logits: Tensor, trg: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), trg[:, -logits.shape[1] :].flatten())
+
+
 def step(module: nn.Module, logits: Callable[[], Tensor], trg: Tensor) -> Callable[[], list]:
     """One step's loss and gradients; the coins are those of one seed, every time."""
     parameters = list(dict.fromkeys(module.parameters()))
 
     def call() -> list[Tensor]:
         random.seed(0)
-        found = logits()
-        target = trg[:, -found.shape[1] :]
-        loss = F.cross_entropy(found.flatten(0, 1), target.flatten())
-        return [loss, *torch.autograd.grad(loss, parameters)]
+        found = loss(logits(), trg)
+        return [found, *torch.autograd.grad(found, parameters)]
 
     return call
 
 
-def sides(size: tuple, forcing: float, dtype: torch.dtype) -> dict[str, Callable[[], list]]:
-    V, E, H, B, S = size
+def batch(size: tuple) -> tuple[Tensor, Tensor]:
+    V, _, _, B, S = size
     generator = torch.Generator().manual_seed(1)
-    src, trg = (torch.randint(V, (B, S), generator=generator) for _ in range(2))
-    made = {"fastseq": model(fast, V, E, H), "reference": model(reference, V, E, H)}
+    return tuple(torch.randint(V, (B, S), generator=generator) for _ in range(2))
+
+
+def sides(size: tuple, forcing: float) -> dict[str, Callable[[], list]]:
+    V, E, H, *_ = size
+    src, trg = batch(size)
     calls = {}
-    for name, module in made.items():
-        module.to(dtype)
-        calls[name] = step(module, lambda m=module: m(src, trg, forcing)[:, 1:], trg)
+    for name, house in (("fastseq", fast), ("reference", reference)):
+        made = model(house, V, E, H)
+        calls[name] = step(made, lambda m=made: m(src, trg, forcing)[:, 1:], trg)
     if forcing == 1:
-        tuned = Tuned(model(reference, V, E, H)).to(dtype)
+        tuned = Tuned(model(reference, V, E, H))
         calls["tuned"] = step(tuned, lambda: tuned(src, trg), trg)
     return calls
 
 
 def verify(size: tuple, forcing: float) -> None:
-    """Loss and gradients of the step to be timed against the reference in float64."""
-    calls = sides(size, forcing, torch.float32)
-    truth = sides(size, forcing, torch.float64)["reference"]()
-    yardstick = calls["reference"]()
-    for i, (got, exact, plain) in enumerate(zip(calls["fastseq"](), truth, yardstick, strict=True)):
-        assert_close_to_reference(got, exact, plain, what=f"result {i}")
+    """Loss and gradients of the step to be timed against the reference in float64.
+
+    A bias inside the score's tanh moves all scores of a softmax alike, nearly: of its gradient
+    little is left but what rounding does to sums that are zero, one draw for all its elements. Such
+    tensors are judged by the errors torch makes nearby too, as everywhere.
+    """
+    V, E, H, *_ = size
+    src, trg = batch(size)
+
+    def by(house) -> Callable[..., Tensor]:
+        made = model(house, V, E, H)
+        names = [name for name, _ in made.named_parameters()]
+
+        def call(*parameters: Tensor) -> Tensor:
+            random.seed(0)
+            named = dict(zip(names, parameters, strict=True))
+            return loss(functional_call(made, named, (src, trg, forcing))[:, 1:], trg)
+
+        return call
+
+    plain = by(reference)
+    parameters = dict(model(reference, V, E, H).named_parameters())
+    assert_matches(by(fast), plain, plain, parameters, [torch.ones(())])
 
 
 def parts(size: tuple) -> dict[str, Callable[[], object]]:
@@ -131,8 +155,7 @@ def parts(size: tuple) -> dict[str, Callable[[], object]]:
         return torch.autograd.grad(found.sum() + h.sum() + c.sum(), list(made.encoder.parameters()))
 
     def output() -> object:
-        loss = F.cross_entropy(fc(features).flatten(0, 1), tokens[:, 1:].flatten())
-        return torch.autograd.grad(loss, [features, *fc.parameters()])
+        return torch.autograd.grad(loss(fc(features), tokens), [features, *fc.parameters()])
 
     return {"encoder": encode, "decoder": loop, "output": output}
 
@@ -145,12 +168,12 @@ def rows(what: tuple, device: str, quick: bool) -> Iterator[Row]:
 
         def measure(seconds: float, forcing=forcing, wanted=wanted) -> dict[str, object]:
             verify(size, forcing)
-            calls = sides(size, forcing, torch.float32)
+            calls = sides(size, forcing)
             if forcing == 1 and not quick:
                 tuned = Tuned(model(reference, V, E, H))
                 compiled = torch.compile(tuned)
-                tokens = torch.randint(V, (B, S), generator=torch.Generator().manual_seed(1))
-                calls["compiled"] = step(tuned, lambda: compiled(tokens, tokens), tokens)
+                src, trg = batch(size)
+                calls["compiled"] = step(tuned, lambda: compiled(src, trg), trg)
             times = milliseconds(calls, device, seconds)
             said = {f"{name}_ms": f"{ms:.4g}" for name, ms in times.items()}
             ratio = times["reference"] / times["fastseq"]

@@ -33,21 +33,8 @@ DTYPES = {
 def check(case: AttentionCase) -> None:
     """The function against the reference, with the reference in the same dtype as yardstick."""
     ours, oracle = case.functional(functional), case.functional(scores)
-    if case.inputs["query"].dtype != torch.float64:
-        where = dict(names=case.names, what=str(case))
-        assert_matches(ours, oracle, oracle, case.inputs, case.cotangents, **where)
-        return
-    # Where nearly all weight is on one position the truth's own rounding is seen, as what it
-    # answers to inputs that differ in their last bit.
-    truth, nearby = run(case, scores), run(case.map(in_the_last_bit), scores)
-    for name, tensor in run(case).items():
-        what = f"{case} {name}"
-        assert_close_to_reference(tensor, truth[name], nearby[name], what=what, terms=case.terms)
-
-
-def in_the_last_bit(t: torch.Tensor) -> torch.Tensor:
-    signs = torch.randint(-1, 2, t.shape, generator=torch.Generator().manual_seed(0))
-    return t * (1 + signs.to(t.dtype) * torch.finfo(t.dtype).eps)
+    where = dict(names=case.names, what=str(case))
+    assert_matches(ours, oracle, oracle, case.inputs, case.cotangents, **where)
 
 
 def run(case: AttentionCase, module=functional) -> dict:
@@ -88,9 +75,6 @@ def test_values_and_gradients(index, size, score):
         if 0 in size:
             # The norm of an empty v has no gradient.
             options = options | {"g": False}
-        if score == "dot" and dtype == torch.float64:
-            # Or one weight is all but 1, and the truth's own rounding is larger than its gradient.
-            options = options | {"scale": size[3] ** -0.5 if size[3] else 1.0}
         check(attention_case(score, *size, **where, **options, dtype=dtype, seed=index))
 
 

@@ -127,6 +127,22 @@ def test_numbers_beyond_the_range(score, size, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_gradients_of_scores_sum_to_zero(isa):
+    """Of the gradient of a query whose keys are all alike nothing is left but what the sum lost."""
+    _native.set_isa(isa)
+    case = attention_case("dot", 8, 3, 37, 4, 9, seed=2)
+    inputs = {"query": case.inputs["query"], "keys": torch.ones(8, 37, 4)}
+    inputs["values"] = 1000 + case.inputs["values"]
+    lost = []
+    for module in (functional, scores):
+        got = run_with_grads(
+            module.dot_attention, inputs, [case.cotangents[0], torch.zeros(8, 3, 37)]
+        )
+        lost.append(float(got["grad query"].norm()))
+    assert lost[0] < lost[1] / 8
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_small_terms_under_a_large_v(isa):
     """The scores' error follows the terms, not 1, where v would carry it into the weights."""
     _native.set_isa(isa)

@@ -242,25 +242,31 @@ void weighted_sum(const T* p, const T* values, int64_t stride, int64_t S, int64_
 
 // d_e[s], holding the gradient of the weights p [S] through the context, to the gradient of the
 // scores before `scale`; d_weights [S], what else there is of the weights' gradient, may be null.
-// Zero wherever p is.
+// Zero wherever p is. The mean is taken off twice: the result sums to zero over s, and what a first
+// mean has lost of that is common to all positions, where a key's bias finds nothing else.
 template <class T>
 void softmax_gradient(const T* p, const T* d_weights, int64_t S, T scale, T* d_e) {
   constexpr int N = kLanes<T>;
-  Vec<T> total{};
-  for (int64_t s0 = 0; s0 < S; s0 += N * kChain) {
-    Vec<T> sum{};
-    for (int64_t s = s0; s < min64(s0 + N * kChain, S); s += N) {
-      const int lanes = int(min64(N, S - s));
-      Vec<T> d_p = load(d_e + s, lanes);
-      if (d_weights) {
-        d_p += load(d_weights + s, lanes);
+  T mean = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    Vec<T> total{};
+    for (int64_t s0 = 0; s0 < S; s0 += N * kChain) {
+      Vec<T> sum{};
+      for (int64_t s = s0; s < min64(s0 + N * kChain, S); s += N) {
+        const int lanes = int(min64(N, S - s));
+        Vec<T> d_p = load(d_e + s, lanes);
+        if (pass) {
+          d_p -= mean;
+        } else if (d_weights) {
+          d_p += load(d_weights + s, lanes);
+        }
         store(d_e + s, d_p, lanes);
+        sum = fma(load(p + s, lanes), d_p, sum);
       }
-      sum = fma(load(p + s, lanes), d_p, sum);
+      total += sum;
     }
-    total += sum;
+    mean = sum_of_lanes<T>(total);
   }
-  const T mean = sum_of_lanes<T>(total);
   for (int64_t s = 0; s < S; s += N) {
     const int lanes = int(min64(N, S - s));
     store(d_e + s, (load(d_e + s, lanes) - mean) * load(p + s, lanes) * scale, lanes);
