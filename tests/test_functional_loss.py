@@ -144,6 +144,22 @@ def test_sums_over_many_chunks_are_wide(monkeypatch):
     check(draw(400, 5, 7, dtype=torch.bfloat16))
 
 
+def test_the_bias_of_a_class_that_most_rows_share(monkeypatch):
+    """A sum of thousands of terms near -1: as exact as its own rounding, which torch's is not."""
+    monkeypatch.setattr("fastseq.functional.loss.DIRECT_BYTES", -1)
+    inputs = draw(4099, 6, 70)
+    inputs["target"][torch.rand(4099, generator=torch.Generator().manual_seed(0)) < 0.9] = 3
+    exact = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+    cotangents = [torch.ones((), dtype=torch.float64)]
+    by_sum = partial(reference, reduction="sum")
+    truth = run_with_grads(by_sum, exact, cotangents, wrt=["bias"])["grad bias"]
+    for reduction in ("sum", "none"):
+        ones = torch.ones(4099) if reduction == "none" else torch.ones(())
+        call = partial(linear_cross_entropy, reduction=reduction)
+        got = run_with_grads(call, inputs, [ones], wrt=["bias"])["grad bias"]
+        assert_close_to_reference(got, truth, terms=1)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
 def test_layouts(monkeypatch, layout):
     monkeypatch.setattr(ops, "chunk_rows", lambda *_: 4)

@@ -32,9 +32,11 @@ def decode_by_steps(step: Step, trg: Tensor, coins: Sequence[bool], *state: Tens
 
 def in_halves(fc: nn.Module, features: Tensor) -> Tensor:
     """Logits [B, N, V] of features [B, N, F], in two calls: the longer the one sum over all tokens,
-    the worse the layer's gradients."""
-    halves = features.split(-(-features.shape[1] // 2), dim=1)
-    return torch.cat([fc(half) for half in halves], dim=1)
+    the worse the layer's gradients. By sources where there are several, so that each half, and its
+    gradient, is one block: torch sums a bias's over anything else in one long chain."""
+    dim = 0 if features.shape[0] > 1 else 1
+    halves = features.split(-(-features.shape[dim] // 2), dim=dim)
+    return torch.cat([fc(half) for half in halves], dim=dim)
 
 
 def after_start(logits: Tensor | None, trg: Tensor, fc: nn.Linear) -> Tensor:

@@ -24,6 +24,8 @@ __all__ = ["linear_cross_entropy_bwd", "linear_cross_entropy_fwd"]
 
 # Bytes of a chunk's logits. Beyond 512 rows at V = 8000 the products gain nothing (measured).
 CHUNK_BYTES = 16 << 20
+# Rows summed in float32 for a bias: a class that is the target of many has as many terms near -1.
+SUMMED_ROWS = 32
 
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
@@ -91,7 +93,7 @@ def _walk(
     losses = hidden.new_zeros(N, dtype=wide)
     dhidden = hidden.new_zeros(N, H) if need_hidden else hidden.new_empty(0)
     dweight = hidden.new_zeros((V, H) if need_weight else 0, dtype=wide)
-    dbias = hidden.new_zeros(V if need_bias else 0, dtype=wide)
+    dbias = hidden.new_zeros(V if need_bias else 0, dtype=torch.float64)
     w = None if class_weight is None else class_weight.to(wide)
     buffer = hidden.new_empty(size, V)
     wide_buffer = None if wide == dtype else hidden.new_empty(size, V, dtype=wide)
@@ -125,8 +127,9 @@ def _walk(
             else:
                 dweight.add_(torch.mm(d.t(), h))
         if need_bias:
-            dbias.add_(log_p.sum(0))
-    return losses, rows, dhidden, dweight, dbias
+            for some in log_p.split(SUMMED_ROWS):
+                dbias.add_(some.sum(0))
+    return losses, rows, dhidden, dweight, dbias.to(wide)
 
 
 def _dlogits(log_p, y, w, picked_weight, smoothing, scale) -> None:

@@ -178,13 +178,15 @@ def test_keys_are_projected_once_a_source(make_pair, monkeypatch):
 
 def test_logits_wait_for_two_products_a_run(make_pair):
     _, fast = make_pair("attention")
-    widths = []
-    fast.decoder.fc.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
-    tokens = torch.randint(11, (2, 6))
+    shapes = []
+    fast.decoder.fc.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
+    tokens = torch.randint(11, (3, 6))
     fast(tokens, tokens, 1.0)
-    assert widths == [3, 2]
+    assert shapes == [(2, 5), (1, 5)]
+    fast(tokens[:1], tokens[:1], 1.0)
+    assert shapes[2:] == [(1, 3), (1, 2)]
     fast(tokens, tokens, 0.0)
-    assert widths == [3, 2, 1, 1, 1, 1, 1]
+    assert shapes[4:] == [(3, 1)] * 5
 
 
 def _prune(attention):
