@@ -57,7 +57,7 @@ def attention_decoder(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     embedding: Tensor | None = None,
-    forced: Sequence[bool] | None = None,
+    forced: Sequence[bool] | Tensor | None = None,
     output: tuple[Tensor, Tensor | None] | None = None,
     end_token: int | None = None,
 ) -> Decoded:
@@ -91,7 +91,8 @@ def attention_decoder(
         embedding: [V, E], beside tokens.
         forced: for each step whether its token is the one given, else it is the likeliest by
             ``output`` after the step before; the first is always given. None: all are. With T + 1
-            entries, the last False, the token after the last step is found too.
+            entries, the last False, the token after the last step is found too. (A compiled graph
+            takes a bool tensor as it is, without a look at it.)
         output: (weight [V, F], bias [V] or None), to find likeliest tokens by; no gradient comes of
             it. The first of equals wins.
         end_token: a sequence for which this token was found likeliest stops there: features and
@@ -119,6 +120,8 @@ def attention_decoder(
         combine, output = (
             None if pair is None else tuple(map(lower, pair)) for pair in (combine, output)
         )
+    if isinstance(forced, Tensor) and not torch.compiler.is_compiling():
+        forced = forced.tolist()
     arguments = {
         "cell": cell, "has_biases": has_biases, "query_weight": query_weight, "v": v,
         "combine": combine, "input_feeding": input_feeding, "feed": feed, "residual": residual,
@@ -128,7 +131,8 @@ def attention_decoder(
     if lengths is not None:
         within = torch.arange(keys.shape[1], device=keys.device) < lengths.unsqueeze(1)
         mask = within if mask is None else within & mask
-    if forced is not None and all(forced[: input.shape[1]]) and len(forced) == input.shape[1]:
+    known = forced is not None and not isinstance(forced, Tensor)
+    if known and all(forced[: input.shape[1]]) and len(forced) == input.shape[1]:
         forced = arguments["forced"] = None
     if backends.recurrent_obstacle(cell, values, hx) is not None:
         if end_token is not None:
@@ -146,7 +150,7 @@ def attention_decoder(
     w_out, b_out = (None, None) if output is None or forced is None else output
     settings = _op.Settings(
         _op.DECODER_CELLS[cell].number, tokens,
-        None if forced is None else torch.tensor([bool(f) for f in forced]), mask, has_biases,
+        torch.tensor([bool(f) for f in forced]) if known and forced else forced, mask, has_biases,
         input_feeding, residual, float(scale), wide(_detached(w_out)), wide(_detached(b_out)),
         -1 if end_token is None else end_token,
     )  # fmt: skip
@@ -302,13 +306,15 @@ def _check_input(op, input, B, arguments) -> int:
         if len(forced) not in (T, T + 1):
             raise ValueError(f"{op}: expected forced of T = {T} entries or one more, got "
                              f"{len(forced)}")  # fmt: skip
-        if T and not forced[0]:
+        if T and not isinstance(forced, Tensor) and not forced[0]:
             raise ValueError(f"{op}: expected the first entry of forced to be True")
         if arguments["output"] is None:
             raise ValueError(f"{op}: expected output beside forced, got None")
+    if torch.compiler.is_compiling():
+        return embedding.shape[1]
     # Those that are never fed may be anything.
     fed = input if forced is None else input[:, torch.tensor([bool(f) for f in forced[:T]])]
-    if fed.numel() and fed.is_cpu and not torch.compiler.is_compiling():
+    if fed.numel() and fed.is_cpu:
         least, most = (int(t) for t in fed.aminmax())
         if least < 0 or most >= V:
             raise IndexError(f"{op}: expected tokens in 0..{V - 1}, got {least} to {most}")
@@ -331,6 +337,8 @@ def _check_where(op, B, S, lengths, mask) -> None:
         raise TypeError(f"{op}: expected lengths to be an int64 tensor, got {got}")
     if tuple(lengths.shape) != (B,):
         raise ValueError(f"{op}: expected lengths of shape [B] = [{B}], got {list(lengths.shape)}")
+    if torch.compiler.is_compiling():
+        return
     if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= S:
         raise ValueError(
             f"{op}: expected lengths between 0 and S = {S}, got {int(lengths.min())} to "

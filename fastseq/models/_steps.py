@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fastseq.ops.forced_steps import draw, forced_steps
+
+Forced = Sequence[bool] | Tensor
+"""Of each step of a decoder, whether it is fed the target's token or the likeliest after the step
+before. The first is fed the start token."""
+
 Step = Callable[..., tuple[Tensor, ...]]
 """(token [B, 1], *state) -> (logits [B, 1, V], *state, ...)."""
 
 
-def draw_coins(steps: int, teacher_forcing_ratio: float) -> list[bool]:
-    """Whether each of ``steps`` outputs is followed by the target's token (else by its argmax).
+def draw_forced(steps: int, teacher_forcing_ratio: float) -> Forced | None:
+    """Which of ``steps`` steps are fed the target's token; None: all.
 
-    The draws from Python's ``random`` are those of the reference, in number and order.
+    The draws from Python's ``random`` are those of the reference, in number and order. A compiled
+    graph, which serves any number of steps, draws when it runs, and nothing where all is certain.
     """
-    return [bool(random.random() < teacher_forcing_ratio) for _ in range(steps)]
+    if not torch.compiler.is_compiling():
+        forced = draw(steps, teacher_forcing_ratio)
+        return None if all(forced) else forced
+    if teacher_forcing_ratio >= 1:
+        return None
+    return forced_steps(steps, torch.zeros((), dtype=torch.float64) + teacher_forcing_ratio)
 
 
-def decode_by_steps(step: Step, trg: Tensor, coins: Sequence[bool], *state: Tensor) -> Tensor:
+def decode_by_steps(step: Step, trg: Tensor, forced: Forced | None, *state: Tensor) -> Tensor:
     """Logits [B, T-1, V] from one call of ``step`` a token, as the reference makes them."""
-    token, logits = trg[:, :1], []
-    for t, forced in enumerate(coins, start=1):
+    logits: list[Tensor] = []
+    for t in range(trg.shape[1] - 1):
+        token = fed(t, trg, forced, lambda: logits[-1].argmax(2))
         prediction, *state = step(token, *state)[: 1 + len(state)]
         logits.append(prediction)
-        token = trg[:, t : t + 1] if forced else prediction.argmax(2)
     return torch.cat(logits, dim=1)
+
+
+def fed(t: int, trg: Tensor, forced: Forced | None, likeliest: Callable[[], Tensor]) -> Tensor:
+    """The token [B, 1] of step t: the target's, or the likeliest."""
+    token = trg[:, t : t + 1]
+    if t == 0 or forced is None:
+        return token
+    if isinstance(forced, Tensor):
+        return torch.where(forced[t], token, likeliest())
+    return token if forced[t] else likeliest()
 
 
 def in_halves(fc: nn.Module, features: Tensor) -> Tensor:
     """Logits [B, N, V] of features [B, N, F], in two calls: the longer the one sum over all tokens,
     the worse the layer's gradients. By sources where there are several, so that each half, and its
     gradient, is one block: torch sums a bias's over anything else in one long chain."""
+    if torch.compiler.is_compiling():
+        # By tokens: half of a dimension would tie the graph to sizes that leave more than one.
+        rows = features.flatten(0, 1)
+        half = -(-rows.shape[0] // 2)
+        logits = torch.cat([fc(rows[:half]), fc(rows[half:])])
+        return logits.unflatten(0, features.shape[:2])
     dim = 0 if features.shape[0] > 1 else 1
     halves = features.split(-(-features.shape[dim] // 2), dim=dim)
     return torch.cat([fc(half) for half in halves], dim=dim)

@@ -10,7 +10,7 @@ Translate".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,13 +21,15 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from fastseq import backends, nn
 from fastseq.functional.decoder import Decoded, attention_decoder
 from fastseq.models._steps import (
+    Forced,
     after_start,
     check_source,
     check_target,
     computes_as,
     decode_by_steps,
-    draw_coins,
+    draw_forced,
     embed,
+    fed,
     in_halves,
     is_lookup,
     is_one_layer,
@@ -41,9 +43,10 @@ Attend = Callable[[Tensor], Tensor]
 
 
 def _unless_full(lengths: Tensor | None, src: Tensor) -> Tensor | None:
-    """Checked lengths, or None where every row is full and nothing has to be masked."""
-    if lengths is None:
-        return None
+    """Checked lengths, or None where every row is full and nothing has to be masked. (A graph
+    doesn't look into them.)"""
+    if lengths is None or torch.compiler.is_compiling():
+        return lengths
     check_lengths(lengths, src)
     return None if bool((lengths == src.shape[1]).all()) else lengths
 
@@ -79,6 +82,9 @@ class Encoder(nn.Module):
         emb = embed(self.embedding, x, "models.attention.Encoder")
         if lengths is None:
             return self.lstm(emb)
+        if torch.compiler.is_compiling() and isinstance(self.lstm, nn.LSTM):
+            # Packing has to know the lengths.
+            return self.lstm(emb, lengths=lengths)
         packed = pack_padded_sequence(emb, lengths.cpu(), batch_first=True, enforce_sorted=False)
         outputs, state = self.lstm(packed)
         return pad_packed_sequence(outputs, batch_first=True, total_length=x.shape[1])[0], state
@@ -246,7 +252,7 @@ class Decoder(nn.Module):
     def decode(
         self,
         trg: Tensor,
-        coins: Sequence[bool],
+        forced: Forced | None,
         hidden: Tensor,
         cell: Tensor,
         encoder_outputs: Tensor,
@@ -256,7 +262,8 @@ class Decoder(nn.Module):
 
         Args:
             trg: [B, T], int64; the first column is the start token.
-            coins: T-1 of them; True: the target's token follows that step, else its argmax.
+            forced: of each of T-1 steps whether it is fed the target's token, else the argmax of
+                the step before; the first is. None: all are.
             hidden, cell: the encoder's state, [1, B, H].
             encoder_outputs: [B, S, H].
             mask: [B, S], bool, True = attend; None: all.
@@ -264,16 +271,15 @@ class Decoder(nn.Module):
         Returns:
             Logits, [B, T-1, V].
         """
-        forced = (True, *coins[:-1])
-        if not (computes_as(self, Decoder) and self._in_one_call(all(forced))):
+        if not (computes_as(self, Decoder) and self._in_one_call(forced is None)):
             step = self.stepper(encoder_outputs, mask)
-            return decode_by_steps(step, trg, coins, hidden, cell)
-        return in_halves(self.fc, self.features(trg, coins, hidden, cell, encoder_outputs, mask))
+            return decode_by_steps(step, trg, forced, hidden, cell)
+        return in_halves(self.fc, self.features(trg, forced, hidden, cell, encoder_outputs, mask))
 
     def features(
         self,
         trg: Tensor,
-        coins: Sequence[bool],
+        forced: Forced | None,
         hidden: Tensor,
         cell: Tensor,
         encoder_outputs: Tensor,
@@ -286,31 +292,28 @@ class Decoder(nn.Module):
         Raises:
             NotImplementedError: this decoder has hooks or a forward of its own, or so has a part.
         """
-        forced = (True, *coins[:-1])
         if not (computes_as(self, Decoder) and self._in_one_call(True)):
             raise NotImplementedError(
                 "fastseq.models.attention.features: expected a decoder and parts without hooks or "
                 "a forward of their own; call the model for its logits instead"
             )
-        if not coins:
+        tokens, state = trg[:, :-1], (hidden, cell)
+        if not tokens.shape[1]:
             return self.fc.weight.new_empty(trg.shape[0], 0, self.fc.in_features)
         if mask is not None:
             check_mask(mask, *encoder_outputs.shape[:2])
         run = self._loop(encoder_outputs, mask)
-        tokens, state = trg[:, : len(forced)], (hidden, cell)
         where = "models.attention.Decoder"
-        if all(forced):
+        if forced is None:
             return run(embed(self.embedding, tokens, where), state).features
         if self._in_one_call(False):
             output = (self.fc.weight, self.fc.bias)
             table = self.embedding.weight
             return run(tokens, state, embedding=table, forced=forced, output=output).features
         found: list[Tensor] = []
-        for t, given in enumerate(forced):
-            token = tokens[:, t : t + 1]
-            if not given:
-                with torch.no_grad():
-                    token = self.fc(found[-1]).argmax(2)
+        for t in range(tokens.shape[1]):
+            with torch.no_grad():
+                token = fed(t, tokens, forced, lambda: self.fc(found[-1]).argmax(2))
             decoded = run(embed(self.embedding, token, where), state)
             state = decoded.states
             found.append(decoded.features)
@@ -471,12 +474,12 @@ class Seq2Seq(nn.Module):
         """
         prepared = self._prepare(src, trg, teacher_forcing_ratio, lengths)
         decoder, logits = self.decoder, None
-        trg, coins, hidden, cell, *source = prepared
-        if coins and computes_as(decoder, Decoder):
+        trg, forced, hidden, cell, *source = prepared
+        if trg.shape[1] > 1 and computes_as(decoder, Decoder):
             logits = decoder.decode(*prepared)
-        elif coins:
+        elif trg.shape[1] > 1:
             logits = decode_by_steps(
-                lambda *state: decoder(*state, *source), trg, coins, hidden, cell
+                lambda *state: decoder(*state, *source), trg, forced, hidden, cell
             )
         return after_start(logits, trg, decoder.fc)
 
@@ -498,7 +501,7 @@ class Seq2Seq(nn.Module):
 
     def _prepare(
         self, src: Tensor, trg: Tensor, ratio: float, lengths: Tensor | None
-    ) -> tuple[Tensor, list[bool], Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Forced | None, Tensor, Tensor, Tensor, Tensor | None]:
         """The arguments of the decoder's loop: the source is read, the coins are drawn."""
         check_target(src, trg, "models.attention.Seq2Seq")
         lengths = _unless_full(lengths, src)
@@ -506,5 +509,5 @@ class Seq2Seq(nn.Module):
         mask = None
         if lengths is not None:
             mask = length_mask(lengths.to(encoder_outputs.device), src.shape[1])
-        coins = draw_coins(trg.shape[1] - 1, ratio)
-        return trg, coins, hidden, cell, encoder_outputs, mask
+        forced = draw_forced(trg.shape[1] - 1, ratio)
+        return trg, forced, hidden, cell, encoder_outputs, mask

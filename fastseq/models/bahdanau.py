@@ -10,7 +10,7 @@ Translate".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,14 +20,16 @@ from torch.nn import functional as F
 from fastseq import nn
 from fastseq.functional import additive_attention, attention_decoder
 from fastseq.models._steps import (
+    Forced,
     after_start,
     check_plain,
     check_source,
     check_target,
     computes_as,
     decode_by_steps,
-    draw_coins,
+    draw_forced,
     embed,
+    fed,
     in_halves,
     is_one_layer,
 )
@@ -197,7 +199,7 @@ class Decoder(nn.Module):
     def features(
         self,
         trg: Tensor,
-        coins: Sequence[bool],
+        forced: Forced | None,
         hidden: Tensor,
         encoder_outputs: Tensor,
         mask: Tensor | None = None,
@@ -206,7 +208,8 @@ class Decoder(nn.Module):
 
         Args:
             trg: [B, T], int64; the first column is the start token.
-            coins: T-1 of them; True: the target's token follows that step, else its argmax.
+            forced: of each of T-1 steps whether it is fed the target's token, else the argmax of
+                the step before; the first is. None: all are.
             hidden: the encoder's state, [1, B, H].
             encoder_outputs: [B, S, 2H].
             mask: [B, S], bool, True = attend; None: all.
@@ -218,22 +221,20 @@ class Decoder(nn.Module):
             NotImplementedError: this decoder has hooks or a forward of its own.
         """
         check_plain(self, Decoder, "models.bahdanau")
-        if not coins:
+        tokens = trg[:, :-1]
+        if not tokens.shape[1]:
             return self.fc.weight.new_empty(trg.shape[0], 0, self.fc.in_features)
         attend = self._attend_to(encoder_outputs, mask)
-        if all(coins[:-1]):
-            emb = embed(self.embedding, trg[:, : len(coins)], "models.bahdanau.Decoder")
+        if forced is None:
+            emb = embed(self.embedding, tokens, "models.bahdanau.Decoder")
             kept_emb, kept = self._factors(*emb.shape[:2])
             emb = emb if kept_emb is None else emb * kept_emb
             features = torch.cat((*self._steps(emb, hidden, attend), emb), dim=2)
             return features if kept is None else features * kept
         found: list[Tensor] = []
-        for t, forced in enumerate((True, *coins[:-1])):
-            if forced:
-                token = trg[:, t : t + 1]
-            else:
-                with torch.no_grad():
-                    token = self.fc(found[-1]).argmax(2)
+        for t in range(tokens.shape[1]):
+            with torch.no_grad():
+                token = fed(t, tokens, forced, lambda: self.fc(found[-1]).argmax(2))
             features, hidden, _ = self._step(token, hidden, attend)
             found.append(features)
         return torch.cat(found, dim=1)
@@ -275,13 +276,15 @@ class Decoder(nn.Module):
 
     def _factors(self, batch: int, steps: int) -> list[Tensor | None]:
         """What the dropouts multiply embeddings [B, N, E] and features [B, N, F] by, drawn in the
-        order of the reference, step by step; None for one that drops nothing."""
+        order of the reference, step by step; None for one that drops nothing. (A compiler has a
+        random stream of its own.)"""
         widths = self.embedding.embedding_dim, self.fc.in_features
+        times, at_once = (1, steps) if torch.compiler.is_compiling() else (steps, 1)
         layers = [
-            (layer, self.fc.weight.new_ones(batch, 1, width), [])
+            (layer, self.fc.weight.new_ones(batch, at_once, width), [])
             for layer, width in zip((self.dropout, self.output_dropout), widths, strict=True)
         ]
-        for _ in range(steps):
+        for _ in range(times):
             for layer, ones, drawn in layers:
                 if layer.training and layer.p:
                     drawn.append(layer(ones))
@@ -376,20 +379,22 @@ class Seq2Seq(nn.Module):
         """
         prepared = self._prepare(src, trg, teacher_forcing_ratio, lengths)
         decoder, logits = self.decoder, None
-        trg, coins, hidden, *source = prepared
-        if computes_as(decoder, Decoder) and all(coins[:-1]):
-            logits = in_halves(decoder.fc, decoder.features(*prepared)) if coins else None
+        trg, forced, hidden, *source = prepared
+        if trg.shape[1] == 1:
+            pass
+        elif computes_as(decoder, Decoder) and forced is None:
+            logits = in_halves(decoder.fc, decoder.features(*prepared))
         elif computes_as(decoder, Decoder):
-            logits = decode_by_steps(decoder.stepper(*source), trg, coins, hidden)
-        elif coins:
+            logits = decode_by_steps(decoder.stepper(*source), trg, forced, hidden)
+        else:
             logits = decode_by_steps(
-                lambda token, hidden: decoder(token, hidden, *source), trg, coins, hidden
+                lambda token, hidden: decoder(token, hidden, *source), trg, forced, hidden
             )
         return after_start(logits, trg, decoder.fc)
 
     def _prepare(
         self, src: Tensor, trg: Tensor, ratio: float, lengths: Tensor | None
-    ) -> tuple[Tensor, list[bool], Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Forced | None, Tensor, Tensor, Tensor | None]:
         """The arguments of the decoder's loop: the source is read, the coins are drawn."""
         check_target(src, trg, "models.bahdanau.Seq2Seq")
         lengths = _unless_full(lengths, src)
@@ -397,5 +402,5 @@ class Seq2Seq(nn.Module):
         mask = None
         if lengths is not None:
             mask = length_mask(lengths.to(encoder_outputs.device), src.shape[1])
-        coins = draw_coins(trg.shape[1] - 1, ratio)
-        return trg, coins, hidden, encoder_outputs, mask
+        forced = draw_forced(trg.shape[1] - 1, ratio)
+        return trg, forced, hidden, encoder_outputs, mask

@@ -8,19 +8,18 @@ Source: Sutskever, Vinyals, Le 2014, "Sequence to Sequence Learning with Neural 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from fastseq import nn
 from fastseq.functional import attention_decoder
 from fastseq.models._steps import (
+    Forced,
     after_start,
     check_source,
     check_target,
     computes_as,
     decode_by_steps,
-    draw_coins,
+    draw_forced,
     embed,
     is_lookup,
     is_one_layer,
@@ -81,25 +80,25 @@ class Decoder(nn.Module):
         outputs, (h, c) = self.lstm(embed(self.embedding, x, "models.plain.Decoder"), (h, c))
         return self.fc(outputs), h, c
 
-    def decode(self, trg: Tensor, coins: Sequence[bool], h: Tensor, c: Tensor) -> Tensor:
+    def decode(self, trg: Tensor, forced: Forced | None, h: Tensor, c: Tensor) -> Tensor:
         """Logits of the positions 1..T-1 of a target.
 
         Args:
             trg: [B, T], int64; the first column is the start token.
-            coins: T-1 of them; True: the target's token follows that step, else its argmax.
+            forced: of each of T-1 steps whether it is fed the target's token, else the argmax of
+                the step before; the first is. None: all are.
             h, c: the encoder's state, [1, B, H].
 
         Returns:
             Logits, [B, T-1, V].
         """
-        forced = (True, *coins[:-1])
-        if all(forced):
-            return self.forward(trg[:, : len(forced)], h, c)[0]
+        if forced is None:
+            return self.forward(trg[:, :-1], h, c)[0]
         if not self._in_one_call():
-            return decode_by_steps(self, trg, coins, h, c)
+            return decode_by_steps(self, trg, forced, h, c)
         nothing = h.new_zeros(trg.shape[0], 0, h.shape[2])
         decoded = attention_decoder(
-            trg[:, : len(forced)],
+            trg[:, :-1],
             (h, c),
             nothing,
             nothing[:, :, :0],
@@ -146,10 +145,10 @@ class Seq2Seq(nn.Module):
         """
         check_target(src, trg, "models.plain.Seq2Seq")
         h, c = self.encoder(src)
-        coins = draw_coins(trg.shape[1] - 1, teacher_forcing_ratio)
+        forced = draw_forced(trg.shape[1] - 1, teacher_forcing_ratio)
         logits = None
-        if coins and computes_as(self.decoder, Decoder):
-            logits = self.decoder.decode(trg, coins, h, c)
-        elif coins:
-            logits = decode_by_steps(self.decoder, trg, coins, h, c)
+        if trg.shape[1] > 1 and computes_as(self.decoder, Decoder):
+            logits = self.decoder.decode(trg, forced, h, c)
+        elif trg.shape[1] > 1:
+            logits = decode_by_steps(self.decoder, trg, forced, h, c)
         return after_start(logits, trg, self.decoder.fc)

@@ -82,7 +82,7 @@ def test_decoder_calls_one_by_one_are_the_whole_target(masked, make_pair):
     reference, fast = make_pair("attention")
     outputs, (h, c) = fast.encoder(src)
     coins = [True, False, False, True, True]
-    whole = fast.decoder.decode(trg, coins, h, c, outputs, mask)
+    whole = fast.decoder.decode(trg, [True, *coins[:-1]], h, c, outputs, mask)
     token, mine, theirs = trg[:, :1], (h, c), (h, c)
     for t, forced in enumerate(coins):
         logits, *mine, weights = fast.decoder(token, *mine, outputs, mask)

@@ -169,7 +169,7 @@ def test_decoder_calls_one_by_one_are_the_whole_target(masked, make_pair):
     reference, fast = make_pair("bahdanau")
     outputs, hidden = fast.encoder(src)
     coins = [True, False, False, True, True]
-    whole = fast.decoder.fc(fast.decoder.features(trg, coins, hidden, outputs, mask))
+    whole = fast.decoder.fc(fast.decoder.features(trg, [True, *coins[:-1]], hidden, outputs, mask))
     token, mine, theirs = trg[:, :1], hidden, hidden
     for t, forced in enumerate(coins):
         logits, mine, weights = fast.decoder(token, mine, outputs, mask)
