@@ -2,14 +2,15 @@
 
 python -m benchmarks.bench_recurrent_gpu [--quick] [--output FOLDER]
 
-All sides in turn, by CUDA events: torch (cuDNN, the algorithm its own choice, no TF32) and the two
-ways of csrc/cuda, each where it serves. The floor is that of csrc/cuda/README.md for `whole`: the
-weights once a step from shared memory, or the FMAs.
+All sides in turn, by CUDA events: torch (cuDNN on weights in one piece, the algorithm its own
+choice, TF32 as the row says) and the ways of csrc/cuda, each where it serves. ``cudnn`` is the
+kernel that cuDNN spent most time in, by torch's profiler: its name tells the algorithm.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +30,11 @@ from fastseq.ops import recurrent_cuda
 from fastseq.testing import RecurrentCase, assert_matches, recurrent_case
 
 RESULTS = Path(__file__).parent / "results"
-WAYS = {"step": recurrent_cuda.STEP, "whole": recurrent_cuda.WHOLE}
+WAYS = {
+    "step": recurrent_cuda.STEP,
+    "whole": recurrent_cuda.WHOLE,
+    "grid": recurrent_cuda.GRID,
+}
 SIZES = [
     (100, 64, 96, 96),
     (100, 128, 128, 128),
@@ -44,10 +49,13 @@ FORMS = {
     "stacked": dict(num_layers=2),
     "packed": dict(lengths="half"),
 }
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# "tf32" allows both sides' products TF32 while they are timed; `whole` and `grid` don't use it.
+DTYPES = {"f32": torch.float32, "tf32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Steps of what is checked: the reference takes a dozen launches a step.
 SHORT = 12
-COLUMNS = "cell T B I H form dtype mode status torch_ms step_ms whole_ms ratio".split()
+COLUMNS = (
+    "cell T B I H form dtype mode status torch_ms step_ms whole_ms grid_ms ratio cudnn".split()
+)
 
 
 def build(cell: str, size: tuple, form: str, dtype: torch.dtype) -> RecurrentCase:
@@ -112,8 +120,19 @@ def sample(
     return run
 
 
+@contextlib.contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=allowed):
+            yield
+    finally:
+        matmul.allow_tf32 = before
+
+
 def measure(
-    case: RecurrentCase, short: RecurrentCase, mode: str, seconds: float
+    case: RecurrentCase, short: RecurrentCase, mode: str, seconds: float, tf32: bool
 ) -> dict[str, object]:
     """Check what ours give on a short case of the same size, then time all."""
     row: dict[str, object] = {"status": "ok"}
@@ -131,29 +150,43 @@ def measure(
         except AssertionError as error:
             return row | {"status": f"{way} is wrong: {error}"}
         except RuntimeError as error:
-            if "that fit a block" not in str(error):
+            if "expected weights of" not in str(error):
                 raise
             continue
         leaves = [t.detach().clone() for t in case.inputs.values()]
         timed[way] = sample(by_kernels(case, way), leaves, case, mode)
-    times = milliseconds(timed, "cuda", seconds)
+    with tf32_products(tf32):
+        times = milliseconds(timed, "cuda", seconds)
+        cudnn = busiest(timed["torch"])
     row |= {f"{name}_ms": f"{ms:.4f}" for name, ms in times.items()}
     ours = min(ms for name, ms in times.items() if name != "torch")
-    return row | {"ratio": f"{times['torch'] / ours:.2f}"}
+    return row | {"ratio": f"{times['torch'] / ours:.2f}", "cudnn": cudnn}
+
+
+def busiest(run: Callable[[], object]) -> str:
+    """The kernel that takes most of the device's time; empty where the profiler sees none."""
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        run()
+        torch.cuda.synchronize()
+    found = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
+    return max(found, key=lambda e: e.self_device_time_total).key if found else ""
 
 
 def rows(quick: bool, seconds: float) -> Iterator[dict[str, object]]:
     sizes = SIZES[:1] if quick else SIZES
-    cases = [(size, "plain", dtype) for size in sizes for dtype in DTYPES]
+    cases = [(size, "plain", dtype) for size in sizes for dtype in DTYPES if dtype != "tf32"]
     if not quick:
         forms = [form for form in FORMS if form != "plain"]
         cases += product((SIZES[0], SIZES[3]), forms, ("f32", "bf16"))
+        cases += [(size, "plain", "tf32") for size in (SIZES[3], SIZES[5])]
     for cell, (size, form, dtype) in product(LAYERS, cases):
         case = build(cell, size, form, DTYPES[dtype])
         short = build(cell, (SHORT, *size[1:]), form, DTYPES[dtype])
         about = dict(zip("TBIH", size, strict=True), cell=cell, form=form, dtype=dtype)
         for mode in ("train", "inf"):
-            yield about | {"mode": mode} | measure(case, short, mode, seconds)
+            found = measure(case, short, mode, seconds, dtype == "tf32")
+            yield about | {"mode": mode} | found
 
 
 def main(argv: list[str] | None = None) -> int:

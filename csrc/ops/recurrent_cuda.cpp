@@ -15,7 +15,7 @@ namespace ops {
 
 namespace {
 
-constexpr int64_t kAnyWay = 0, kStep = 1, kWhole = 2;
+constexpr int64_t kAnyWay = 0, kStep = 1, kWhole = 2, kGrid = 3;
 
 ScalarType wide_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -105,19 +105,60 @@ struct Call {
     }
   }
 
+  cuda::DeviceLimits limits() const {
+    const char* error = nullptr;
+    const auto limits = cuda::device_limits(int(like.get_device_index()), &error);
+    require(!error, "fastseq.", op, ": ", error);
+    return limits;
+  }
+
   // How `whole` would run it; rows = 0 where it doesn't, or isn't to.
   template <class T_>
   cuda::WholePlan plan(const cuda::RecurrentKernels<T_>& kernels, bool backward) const {
     cuda::WholePlan plan{};
-    if (way != kStep && kernels.whole_forward) {
-      const char* error = nullptr;
-      const auto limits = cuda::device_limits(int(like.get_device_index()), &error);
-      require(!error, "fastseq.", op, ": ", error);
-      plan = cuda::plan_whole(kernels.size, H, B, D, backward, limits);
+    if (way != kStep && way != kGrid && kernels.whole_forward) {
+      plan = cuda::plan_whole(kernels.size, H, B, D, backward, limits());
     }
     require(way != kWhole || plan.rows, "fastseq.", op, ": expected weights of ", info().name,
             " that fit a block, got H = ", H);
     return plan;
+  }
+
+  // Runs as many directions as `grid` is to run and can, from the first on: launch(sides, how many,
+  // plan, space) for both at once where they fit the device together, else for each.
+  template <class T_, class Side, class Launch>
+  int64_t run_grid(const cuda::RecurrentKernels<T_>& kernels, bool backward, const Side* sides,
+                   const Launch& launch) const {
+    if (way == kStep || !kernels.grid_forward) return 0;
+    const cuda::DeviceLimits found = limits();
+    const auto& size = kernels.size;
+    int64_t done = 0;
+    for (int64_t together = D; together >= 1 && done < D; --together) {
+      const cuda::GridPlan plan = cuda::plan_grid(size, H, B, together, backward, found);
+      const int64_t clocks = plan.clocks * (D / together);
+      if (!plan.units) continue;
+      if (way != kGrid && clocks >= cuda::step_clocks(size, H, B, D, found)) continue;
+      while (done < D) {
+        const int64_t exchange = together * 2 * B * plan.row * size.bytes;
+        const int64_t counters = together * plan.tiles * cuda::kArrivedStride * 4;
+        const Tensor space = torch::stable::new_zeros(
+            like, torch::headeronly::IntHeaderOnlyArrayRef({exchange + counters}),
+            ScalarType::Byte);
+        char* at = static_cast<char*>(space.mutable_data_ptr());
+        const char* error = launch(sides + done, int(together), plan,
+                                   {at, reinterpret_cast<uint32_t*>(at + exchange)});
+        if (error == cuda::kNotTogether) break;
+        succeeded(error);
+        done += together;
+      }
+    }
+    return done;
+  }
+  // What is left for `step`, if anything: `done` directions are not.
+  int64_t taken(int64_t done) const {
+    require(way != kGrid || done == D, "fastseq.", op, ": expected weights of ", info().name,
+            " that fit the device at once, got H = ", H);
+    return done == D ? kGrid : kStep;
   }
   void succeeded(const char* error) const { require(!error, "fastseq.", op, ": ", error); }
 };
@@ -171,8 +212,14 @@ int64_t recurrent_cuda_fwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
       return call.succeeded(kernels.whole_forward(sides, int(D), plan, call.stream));
     }
     if (B == 0 || H == 0) return;
+    const int64_t done = call.run_grid(
+        kernels, false, sides, [&](auto* some, int many, auto& how, cuda::GridSpace space) {
+          return kernels.grid_forward(some, many, how, space, call.stream);
+        });
+    taken = call.taken(done);
+    if (done == D) return;
     const Tensor zh = scratch(h, type, {B, info.gates * H});
-    for (int64_t d = 0; d < D; ++d) {
+    for (int64_t d = done; d < D; ++d) {
       cuda::Forward<T_>& a = sides[d];
       Tensor wide = scratch(h, wide_type(zx), {B, H});
       const Tensor state = torch::stable::select(h, 0, d);
@@ -249,10 +296,16 @@ int64_t recurrent_cuda_bwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
       return call.succeeded(kernels.whole_backward(sides, int(D), plan, call.stream));
     }
     if (B == 0 || H == 0) return;
+    const int64_t done = call.run_grid(
+        kernels, true, sides, [&](auto* some, int many, auto& how, cuda::GridSpace space) {
+          return kernels.grid_backward(some, many, how, space, call.stream);
+        });
+    taken = call.taken(done);
+    if (done == D) return;
     const Tensor dh = scratch(saved, type, {B, H}), dz = scratch(saved, type, {B, info.gates * H});
     const Tensor dc = scratch(saved, wide_type(saved), {B, H});
     const Tensor carry = scratch(saved, wide_type(saved), {B, H});
-    for (int64_t d = 0; d < D; ++d) {
+    for (int64_t d = done; d < D; ++d) {
       cuda::Backward<T_>& a = sides[d];
       a.dh = read<T_>(dh);
       a.dz = write<T_>(dz);

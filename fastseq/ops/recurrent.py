@@ -85,7 +85,8 @@ def _fwd_fake(
         out.append(x.new_empty(D, B, H))
     if save:
         projected = len(weights) // D == 3 + 2 * has_biases + bool(kind.params)
-        out.append(x.new_empty(D, tokens, kind.saved * H + (P if projected else 0)))
+        more = 0 if not projected else H if x.is_cuda else P
+        out.append(x.new_empty(D, tokens, kind.saved * H + more))
     return out
 
 

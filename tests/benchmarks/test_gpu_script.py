@@ -20,6 +20,7 @@ PARTS = [
     "attention",
     "memcheck",
     "racecheck",
+    "synccheck",
     "recurrent memcheck",
     "recurrent racecheck",
     "recurrent synccheck",

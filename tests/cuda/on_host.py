@@ -59,7 +59,7 @@ def build() -> Path:
                 objects.append(source.replace("/", "_") + ".o")
                 more = {"more": torch_flags if source in WITH_TORCH else ""}
                 writer.build(objects[-1], "compile", str(ROOT / source), variables=more)
-            libs = {"libs": f"-L{home}/lib -ltorch -ltorch_cpu -lc10"}
+            libs = {"libs": f"-L{home}/lib -ltorch -ltorch_cpu -lc10 -lpthread"}
             writer.build(library.name, "link", objects, variables=libs)
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -80,20 +80,33 @@ def load() -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def on_host(way: int = recurrent_cuda.ANY_WAY, order: int = 0) -> Iterator[None]:
+def on_host(
+    way: int = recurrent_cuda.ANY_WAY,
+    order: int = 0,
+    *,
+    processors: int = 0,
+    shared: int = 0,
+    blocks: int = 0,
+) -> Iterator[None]:
     """Inside, fastseq's recurrent layers run the GPU's kernels, on the host.
 
     Args:
-        way: recurrent_cuda.STEP, WHOLE or ANY_WAY.
-        order: of the threads between two meetings: 0 as numbered, 1 backwards, 2 mixed.
+        way: recurrent_cuda.STEP, WHOLE, GRID or ANY_WAY.
+        order: of the threads, and of the blocks, between two meetings: 0 as numbered, 1 backwards,
+            2 mixed.
+        processors, shared: the device's multiprocessors, and the bytes of shared memory that a
+            block may have; 0: an H200's.
+        blocks: how many run at once; 0: one a multiprocessor.
     """
     library = load()
     before = recurrent._forward, recurrent._backward, recurrent_cuda.way
     recurrent._forward, recurrent._backward = recurrent_cuda.forward, recurrent_cuda.backward
     recurrent_cuda.way = way
     library.fastseq_thread_order(order)
+    library.fastseq_device(processors, shared, blocks)
     try:
         yield
     finally:
         library.fastseq_thread_order(0)
+        library.fastseq_device(0, 0, 0)
         recurrent._forward, recurrent._backward, recurrent_cuda.way = before

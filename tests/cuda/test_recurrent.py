@@ -8,7 +8,7 @@ import torch
 from fastseq import _native
 from fastseq.ops import recurrent as op
 from fastseq.ops import recurrent_cuda
-from fastseq.ops.recurrent_cuda import STEP, WHOLE
+from fastseq.ops.recurrent_cuda import GRID, STEP, WHOLE
 from fastseq.testing import assert_matches, recurrent_case, run_with_grads
 from tests.cuda.on_host import COMPILER, load, on_host
 from tests.fuzz_recurrent import ours, seeded, with_zoneout, yardstick
@@ -20,8 +20,9 @@ if COMPILER is None:
 
 WHOLE_CELLS = ["lstm", "gru", "rnn_tanh", "rnn_relu"]
 STEP_CELLS = [*WHOLE_CELLS, "peephole_lstm"]
-RUNS = [(STEP, cell) for cell in STEP_CELLS] + [(WHOLE, cell) for cell in WHOLE_CELLS]
-IDS = [f"{('', 'step', 'whole')[way]}-{cell}" for way, cell in RUNS]
+RUNS = [(STEP, cell) for cell in STEP_CELLS]
+RUNS += [(way, cell) for way in (WHOLE, GRID) for cell in WHOLE_CELLS]
+IDS = [f"{('', 'step', 'whole', 'grid')[way]}-{cell}" for way, cell in RUNS]
 
 FORMS = {
     "padded": {},
@@ -95,6 +96,34 @@ def test_blocks_of_several_rows(cell):
         check(case)
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize(
+    "cell, processors, shared", [("lstm", 8, 105_000), ("rnn_tanh", 2, 103_000)]
+)
+def test_a_grid_of_little_memory_and_many_rows(cell, processors, shared, order):
+    """A tile of several chunks of rows, the last not full, and their operands in several parts."""
+    lengths = torch.arange(50) % 4
+    case = recurrent_case(cell, 3, 50, 3, 100, lengths=lengths, bidirectional=True)
+    with on_host(GRID, order, processors=processors, shared=shared):
+        check(case)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_grid_that_does_not_fit_at_once(cell):
+    """Directions one after the other, and without room for one of them the way that needs none."""
+    case = case_of(cell, "lengths", 40)
+    with on_host(GRID):
+        expected = bits(case)
+    with on_host(GRID, blocks=15):
+        assert all(torch.equal(t, expected[name]) for name, t in bits(case).items())
+    with on_host(GRID, blocks=2), pytest.raises(RuntimeError, match="that fit the device at once"):
+        bits(case)
+    with on_host(STEP):
+        expected = bits(case)
+    with on_host(blocks=2, shared=20_000):
+        assert all(torch.equal(t, expected[name]) for name, t in bits(case).items())
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("form", ["both directions", "resets, lengths", "packed"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -148,7 +177,8 @@ def test_threads_in_any_order_give_the_same_bits(way, cell, form):
 
 
 def test_the_way_follows_from_the_size():
-    """Whole sequences where the weights fit the 227 KiB that a block may have."""
+    """Whole sequences where the weights fit the 227 KiB that a block may have, or all blocks that
+    there are multiprocessors for."""
     x, h = torch.randn(2, 3, 4), None
     taken = {}
 
@@ -177,17 +207,41 @@ def test_the_way_follows_from_the_size():
         ("rnn_tanh", torch.float32, 224, 256),
     ):
         assert ways(cell, fits, dtype) == (WHOLE, WHOLE), (cell, fits)
-        assert ways(cell, beyond, dtype) == (STEP, STEP), (cell, beyond)
+        assert ways(cell, beyond, dtype) == (GRID, GRID), (cell, beyond)
+    assert ways("rnn_tanh", 3000, torch.float32) == (STEP, STEP)
     assert ways("lstm", 8, torch.float64) == (STEP, STEP)
     with on_host(WHOLE), pytest.raises(RuntimeError, match="expected weights of lstm that fit"):
         weights = [torch.zeros(4 * 200, width) for width in (4, 200)]
         op.run(op.Settings(op.CELLS["lstm"].number, False, 1), x, None, None, weights)
 
 
-def test_a_projection_is_refused():
+PROJECTED = [form for form in FORMS if form not in ("both directions", "lengths, longest last")]
+
+
+@pytest.mark.parametrize("form", PROJECTED)
+@pytest.mark.parametrize("way, cell", [run for run in RUNS if "lstm" in run[1]], ids=str)
+def test_projections(way, cell, form):
+    with on_host(way):
+        for P in (3, 9):
+            case = recurrent_case(cell, 6, 5, 4, 12, proj_size=P, seed=P, **FORMS[form])
+            check(case.packed() if "packed" in form else case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("form", ["both directions", "resets, lengths", "resets, packed"])
+def test_projections_of_every_dtype(form, dtype):
+    case = recurrent_case("lstm", 6, 5, 4, 20, proj_size=8, dtype=dtype, **FORMS[form])
+    case = case.packed() if "packed" in form else case
+    with on_host():
+        fn = ours(case) if dtype == torch.float64 else by_op(case)
+        check(case, fn=fn, baseline=None if dtype == torch.float64 else case.reference())
+
+
+def test_a_projection_beside_zoneout_is_refused():
     case = recurrent_case("lstm", 2, 3, 4, 6, proj_size=2)
-    with on_host(), pytest.raises(NotImplementedError, match="no projection on a GPU"):
-        bits(case)
+    fn = ours(case, zoneout=(0.1, 0.1))
+    with on_host(), pytest.raises(NotImplementedError, match="no projection beside zoneout"):
+        run_with_grads(fn, case.inputs, case.cotangents, names=case.names)
 
 
 def test_what_no_weight_wants_is_not_made():

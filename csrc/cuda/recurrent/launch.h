@@ -15,12 +15,18 @@ template <class Cell, class T>
 const char* whole_forward(const Forward<T>* sides, int D, const WholePlan& plan, void* stream);
 template <class Cell, class T>
 const char* whole_backward(const Backward<T>* sides, int D, const WholePlan& plan, void* stream);
+template <class Cell, class T>
+const char* grid_forward(const Forward<T>* sides, int D, const GridPlan& plan,
+                         const GridSpace& space, void* stream);
+template <class Cell, class T>
+const char* grid_backward(const Backward<T>* sides, int D, const GridPlan& plan,
+                          const GridSpace& space, void* stream);
 
 // Most threads of a block. Beyond 512 a thread of `whole` had fewer than the 128 registers that its
 // sums want.
-constexpr int kStepThreads = 128, kWholeThreads = 512;
+constexpr int kStepThreads = 128, kWholeThreads = 512, kGridThreads = 256;
 
-// F(cell, type) for all that `step` serves, and those that `whole` does.
+// F(cell, type) for all that `step` serves, and those that `whole` and `grid` do.
 #define FASTSEQ_STEP_TYPES(F, Cell) F(Cell, double) F(Cell, float) F(Cell, Half) F(Cell, BFloat16)
 #define FASTSEQ_WHOLE_TYPES(F, Cell) F(Cell, float) F(Cell, Half) F(Cell, BFloat16)
 #define FASTSEQ_WHOLE_CELLS(X) X(cell::Lstm) X(cell::Gru) X(cell::RnnTanh) X(cell::RnnRelu)

@@ -3,11 +3,13 @@
 // T steps, B sequences, H units, G gates of the cell, blocks in torch's order; D directions. No
 // torch in here: pointers of the device and a stream. The sums of x with W_ih and all biases but
 // one come made (zx): they are one product over all tokens, and so are, afterwards, the gradients
-// of x and of every weight, from the gradients of the sums (dsums). Two ways between:
+// of x and of every weight, from the gradients of the sums (dsums). Three ways between:
 //
 //   step    one launch a step after the caller's product with W_hh: any H
 //   whole   one launch a sequence: a block of threads holds W_hh in its shared memory and runs R
 //           sequences from their first step to their last, meeting nobody
+//   grid    one launch a sequence: several blocks hold W_hh between them, a few units each, and
+//           meet once a step
 //
 // A token is one (step, sequence) pair: t * B + b, or first[t] + b where tokens are packed.
 #pragma once
@@ -52,7 +54,7 @@ constexpr int kMostMasks = 2;
 template <class T>
 struct Inputs {
   Walk walk;
-  const T* w_hh;               // [G*H, H]; for `whole`
+  const T* w_hh;               // [G*H, H]; for `whole` and `grid`
   const T* params;             // [the cell's kParams, H] or null
   const T* masks[kMostMasks];  // [tokens, H]
 };
@@ -96,9 +98,30 @@ struct WholePlan {
   int shared;  // bytes
 };
 
+// How `grid` shares out a layer: each direction's sequences in `tiles` tiles of `rows`, each tile
+// to `blocks` blocks of `units` units. Of a block's threads `slices` share the depth of the sums of
+// each of `groups` groups of columns, and take `packs` packs of 16 bytes of it each, `part` of them
+// at a time.
+struct GridPlan {
+  int units, blocks, tiles, rows;
+  int groups, slices, packs, part;
+  int row;         // elements of a row of the exchange: the depth, and what fills its last pack
+  int shared;      // bytes
+  int64_t clocks;  // that a step should take, by the model of plan_grid
+};
+
+// In the device's memory, for one launch of `grid`, zeros at first.
+struct GridSpace {
+  void* exchange;     // [D][2][B][plan.row] of the type of h
+  uint32_t* arrived;  // [D * tiles][kArrivedStride]
+};
+// A counter has a line of the cache to itself.
+constexpr int kArrivedStride = 32;
+
 struct DeviceLimits {
   int multiprocessors;
-  int shared;  // bytes a block may have
+  int shared;        // bytes a block may have
+  bool cooperative;  // whether it starts grids whose blocks all run at once
 };
 
 // What the plan needs to know of a cell.
@@ -113,7 +136,17 @@ struct WholeSize {
 WholePlan plan_whole(const WholeSize& size, int64_t H, int64_t B, int64_t D, bool backward,
                      const DeviceLimits& limits);
 
-// The kernels of a cell. They return null, or what went wrong. `whole` may be null.
+// The plan of fewest clocks with a multiprocessor for every block of D directions; units = 0 where
+// the weights don't fit. And the clocks that `step` should take, by the same reckoning.
+GridPlan plan_grid(const WholeSize& size, int64_t H, int64_t B, int64_t D, bool backward,
+                   const DeviceLimits& limits);
+int64_t step_clocks(const WholeSize& size, int64_t H, int64_t B, int64_t D,
+                    const DeviceLimits& limits);
+
+// What `grid` returns, having done nothing, where the device can't run all its blocks at once.
+extern const char* const kNotTogether;
+
+// The kernels of a cell. They return null, or what went wrong. `whole` and `grid` may be null.
 template <class T>
 struct RecurrentKernels {
   const char* (*step_forward)(const Forward<T>&, int64_t t, void* stream);
@@ -121,6 +154,10 @@ struct RecurrentKernels {
   const char* (*step_backward)(const Backward<T>&, int64_t t, bool initial, void* stream);
   const char* (*whole_forward)(const Forward<T>*, int D, const WholePlan&, void* stream);
   const char* (*whole_backward)(const Backward<T>*, int D, const WholePlan&, void* stream);
+  const char* (*grid_forward)(const Forward<T>*, int D, const GridPlan&, const GridSpace&,
+                              void* stream);
+  const char* (*grid_backward)(const Backward<T>*, int D, const GridPlan&, const GridSpace&,
+                               void* stream);
   WholeSize size;
   int blocks;  // of a token's row of dsums: see GradientRow
 };

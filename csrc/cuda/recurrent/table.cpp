@@ -1,6 +1,7 @@
-// The table of kernels by cell, and the plan of the `whole` ones.
+// The table of kernels by cell, and the plans of the `whole` and `grid` ones.
 #include <algorithm>
 
+#include "grid.h"
 #include "launch.h"
 #include "whole.h"
 
@@ -8,6 +9,8 @@ namespace fastseq {
 namespace cuda {
 
 namespace {
+
+int64_t up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 template <class Cell, class T>
 constexpr bool kHasWhole = false;
@@ -19,12 +22,17 @@ FASTSEQ_WHOLE_CELLS(HAS_WHOLE)
 
 template <class Cell, class T>
 RecurrentKernels<T> entry() {
-  RecurrentKernels<T> k{step_forward<Cell, T>, step_backward<Cell, T>,    nullptr, nullptr,
-                        whole_size<Cell, T>(), GradientRow<Cell>::kBlocks};
+  RecurrentKernels<T> k{};
+  k.step_forward = step_forward<Cell, T>;
+  k.step_backward = step_backward<Cell, T>;
   if constexpr (kHasWhole<Cell, T>) {
     k.whole_forward = whole_forward<Cell, T>;
     k.whole_backward = whole_backward<Cell, T>;
+    k.grid_forward = grid_forward<Cell, T>;
+    k.grid_backward = grid_backward<Cell, T>;
   }
+  k.size = whole_size<Cell, T>();
+  k.blocks = GradientRow<Cell>::kBlocks;
   return k;
 }
 
@@ -64,6 +72,54 @@ WholePlan plan_whole(const WholeSize& size, int64_t H, int64_t B, int64_t D, boo
     }
   }
   return {};
+}
+
+const char* const kNotTogether = "the device can't run all blocks at once";
+
+GridPlan plan_grid(const WholeSize& size, int64_t H, int64_t B, int64_t D, bool backward,
+                   const DeviceLimits& limits) {
+  constexpr int64_t kWarps = kGridThreads / 32, kMostUnits = 128;
+  GridPlan best{};
+  if (!limits.cooperative || H == 0 || B == 0 || D == 0) return best;
+  const int64_t pack = 16 / size.bytes, depth = backward ? size.gates * H : H;
+  const int64_t depth_packs = up(depth, pack);
+  if (depth_packs > (1 << 20)) return best;
+  for (int64_t units = 4; units <= kMostUnits; units += 4) {
+    GridPlan p{};
+    const int64_t blocks = up(H, units),
+                  groups = up((backward ? 1 : size.gates) * units, kGridColumns);
+    const int64_t most = std::min(limits.multiprocessors / (blocks * D), up(B, kGridRows));
+    if (most == 0) continue;
+    if (groups > kGridThreads) break;
+    const int64_t rows = up(B, most), slices = std::min(kGridThreads / groups, depth_packs);
+    p.units = int(units), p.blocks = int(blocks), p.rows = int(rows), p.tiles = int(up(B, rows));
+    p.groups = int(groups), p.slices = int(slices), p.packs = int(up(depth_packs, slices));
+    p.row = int(depth_packs * pack);
+    for (int pieces = 1; pieces <= p.packs; ++pieces) {
+      p.part = int(up(p.packs, pieces));
+      p.shared = GridMemory(size, p).bytes;
+      if (p.shared <= limits.shared) break;
+    }
+    if (p.shared > limits.shared) continue;
+    // A warp's pass over a pack is R * C FMAs for each of its elements on four units, and reads
+    // C * 512 bytes of weights and R packs at 128 bytes a clock. Handing in and adding up the parts
+    // touches each twice; 300 clocks are what it takes to begin. The exchange comes at some 24
+    // bytes a clock and multiprocessor; a meeting is about 1500.
+    const int64_t pass =
+        std::max<int64_t>(kGridRows * kGridColumns * pack / 4, kGridColumns * 4 + 2 * kGridRows);
+    const int64_t chunk = kWarps * (p.packs * pass + 2 * kGridRows * kGridColumns) + 300;
+    p.clocks = 1500 + up(rows, kGridRows) * chunk + rows * p.row * size.bytes / 24;
+    if (!best.units || p.clocks < best.clocks) best = p;
+  }
+  return best;
+}
+
+int64_t step_clocks(const WholeSize& size, int64_t H, int64_t B, int64_t D,
+                    const DeviceLimits& limits) {
+  // Two launches, of about two microseconds each; 128 FMAs a clock and multiprocessor, or eight
+  // times as many by tensor cores.
+  const int64_t fmas = B * size.gates * H * H, rate = 128 * (size.bytes == 2 ? 8 : 1);
+  return D * (7000 + fmas / (rate * limits.multiprocessors));
 }
 
 }  // namespace cuda

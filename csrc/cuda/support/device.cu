@@ -22,6 +22,11 @@ DeviceLimits device_limits(int device, const char** error) {
     status =
         cudaDeviceGetAttribute(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
+  int cooperative = 0;
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  }
+  limits.cooperative = cooperative != 0;
   *error = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
   return status == cudaSuccess ? limits : DeviceLimits{};
 }
