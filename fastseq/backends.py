@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastseq import _native
 from fastseq.ops import attention as _attention
+from fastseq.ops import decoder_cuda
 from fastseq.ops.recurrent import CELLS
 
 __all__ = [
@@ -143,7 +144,7 @@ def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
     if first.device != x.device:
         return "input and weights differ in device"
     if x.is_cuda:
-        obstacle = _cuda_obstacle(cell, x, params)
+        obstacle = _cuda_obstacle(cell, x)
         if obstacle is None and forced != "cuda":
             obstacle = _UNMEASURED
         if obstacle is not None:
@@ -168,7 +169,7 @@ def _surroundings_obstacle(x: Tensor) -> str | None:
     return None
 
 
-def _cuda_obstacle(cell, x, params) -> str | None:
+def _cuda_obstacle(cell, x) -> str | None:
     if _native.cuda_obstacle() is not None:
         return f"no CUDA kernel: {_native.cuda_obstacle()}"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
@@ -177,8 +178,6 @@ def _cuda_obstacle(cell, x, params) -> str | None:
         return "autocast on a GPU is torch's"
     if cell == "layer_norm_lstm":
         return "no CUDA kernel for layer_norm_lstm yet"
-    if params[1].shape[-1] != params[0].shape[0] // CELLS[cell].gates:
-        return "no CUDA kernel for projections yet"
     return None
 
 
@@ -248,6 +247,22 @@ def recurrent_explanation(
     if x.is_cuda:
         return Explanation(cell, "cuda", "the CUDA kernels (use_backend('cuda') is in force)")
     return Explanation(cell, "cpu", _kernel_in_use())
+
+
+def decoder_explanation(cell: str, values: Tensor, params: Sequence[Tensor]) -> Explanation:
+    """What runs a decoder with attention, its layers' weights ``params``, in words."""
+    op = "attention_decoder"
+    obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
+    obstacle = obstacle or _recurrent_obstacle(cell, values, params, False)
+    if obstacle is not None:
+        return Explanation(op, "torch", f"{obstacle}; a step at a time")
+    if not values.is_cuda:
+        return Explanation(op, "cpu", _kernel_in_use())
+    said = "a loop of CUDA and Triton kernels, one CUDA graph from the second call of a shape on"
+    refused = [graph.refused for graph in decoder_cuda.GRAPHS.values() if graph.refused]
+    if refused:
+        said += f"; the last capture failed: {refused[0]}"
+    return Explanation(op, "cuda", said)
 
 
 def _kernel_in_use() -> str:

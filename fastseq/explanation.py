@@ -12,6 +12,7 @@ from fastseq import backends, functional
 from fastseq.backends import Explanation
 from fastseq.functional import loss
 from fastseq.nn.cells import _FastCell
+from fastseq.nn.decoder import AttentionDecoder
 from fastseq.nn.loss import LinearCrossEntropy
 from fastseq.nn.rnn import _FastLayer
 from fastseq.nn.scores import _Attention
@@ -44,6 +45,12 @@ def explain(target: Callable | torch.nn.Module, *args, **kwargs) -> Explanation:
     if hasattr(target, "explained"):
         # What stands above this module says of itself what it runs.
         return target.explained(*args, **kwargs)
+    if isinstance(target, AttentionDecoder):
+        weights = [w for layer in target.rnn.all_weights for w in layer]
+        values = args[2] if len(args) > 2 else kwargs.get("encoder_outputs", weights[0])
+        return backends.decoder_explanation(target.cell, values, weights)
+    if target is functional.attention_decoder:
+        return _explain_decoder(*args, **kwargs)
     if isinstance(target, _Attention):
         if not args and "query" not in kwargs:
             args = (next(target.parameters(), torch.empty(0)),)
@@ -70,6 +77,10 @@ def _explain_module(module, input=None, hx=None, lengths=None, resets=None) -> E
         one_step=isinstance(module, _FastCell),
         plain=lengths is None and resets is None and not any(getattr(module, "zoneout", ())),
     )
+
+
+def _explain_decoder(input, hx, keys, values, params, *, cell="lstm", **kwargs) -> Explanation:
+    return backends.decoder_explanation(cell, values, params)
 
 
 def _explain_attention(name, query, keys=None, values=None, *args, **keywords) -> Explanation:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastseq
-from fastseq import decoding, functional, nn
+from fastseq import _native, decoding, functional, nn
 from fastseq.functional import loss
 from fastseq.models import attention as fast_house
 from fastseq.reference import attention as reference_house
@@ -65,3 +65,19 @@ def test_decoding_names_what_a_step_runs(name):
     assert said[fast_house].op == said[reference_house].op == name
     assert "stepper" in str(said[fast_house]) and "stepper" not in str(said[reference_house])
     assert said[reference_house].backend == "torch"
+
+
+def test_a_decoder_is_explained():
+    layer = nn.AttentionDecoder(7, 3, 4)
+    hx = (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+    arguments = torch.zeros(2, 3, dtype=torch.int64), hx, torch.randn(2, 5, 4)
+    for found in (fastseq.explain(layer), fastseq.explain(layer, *arguments)):
+        assert found.op == "attention_decoder"
+        assert found.backend == ("cpu" if _native.loaded() else "torch")
+    with fastseq.use_backend("torch"):
+        found = fastseq.explain(layer)
+    assert found.backend == "torch" and "a step at a time" in found.reason
+    weights = [w for held in layer.rnn.all_weights for w in held]
+    values = arguments[-1]
+    said = fastseq.explain(functional.attention_decoder, values, hx, values, values, weights)
+    assert said == fastseq.explain(layer)

@@ -134,7 +134,7 @@ def attention_decoder(
     known = forced is not None and not isinstance(forced, Tensor)
     if known and all(forced[: input.shape[1]]) and len(forced) == input.shape[1]:
         forced = arguments["forced"] = None
-    if backends.recurrent_obstacle(cell, values, hx) is not None:
+    if backends.recurrent_obstacle(cell, values, params) is not None:
         if end_token is not None:
             raise NotImplementedError(
                 "fastseq.attention_decoder: expected end_token with the kernel only; cut the "
@@ -310,11 +310,11 @@ def _check_input(op, input, B, arguments) -> int:
             raise ValueError(f"{op}: expected the first entry of forced to be True")
         if arguments["output"] is None:
             raise ValueError(f"{op}: expected output beside forced, got None")
-    if torch.compiler.is_compiling():
+    if not input.is_cpu or torch.compiler.is_compiling():
         return embedding.shape[1]
     # Those that are never fed may be anything.
     fed = input if forced is None else input[:, torch.tensor([bool(f) for f in forced[:T]])]
-    if fed.numel() and fed.is_cpu:
+    if fed.numel():
         least, most = (int(t) for t in fed.aminmax())
         if least < 0 or most >= V:
             raise IndexError(f"{op}: expected tokens in 0..{V - 1}, got {least} to {most}")
@@ -337,7 +337,8 @@ def _check_where(op, B, S, lengths, mask) -> None:
         raise TypeError(f"{op}: expected lengths to be an int64 tensor, got {got}")
     if tuple(lengths.shape) != (B,):
         raise ValueError(f"{op}: expected lengths of shape [B] = [{B}], got {list(lengths.shape)}")
-    if torch.compiler.is_compiling():
+    # On a GPU looking would mean waiting.
+    if lengths.is_cuda or torch.compiler.is_compiling():
         return
     if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= S:
         raise ValueError(

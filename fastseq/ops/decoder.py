@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
+from fastseq.ops import decoder_cuda
 from fastseq.ops.recurrent import CELLS
 from fastseq.reference.decoder import attention_decoder as _reference
 
@@ -217,22 +218,9 @@ def _fwd_fake(
     return out
 
 
-def _saved_size(cell, T, h0, keys, values, weights, w_q, w_c, residual):
-    """As lay_out in csrc/ops/decoder.cpp: what each step and sequence keeps."""
-    (L, B, H), K, C = h0.shape, keys.shape[2], values.shape[2]
-
-    def part(steps, width):
-        return steps * B * width
-
-    size = part(T, weights[0].shape[1])
-    for layer in range(L):
-        size += part(T + 1, H) + (part(T, H) if layer and residual else 0)
-        size += part(T, _BY_NUMBER[cell].saved * H)
-    if w_q is not None:
-        size += part(T, K)
-    if w_c is not None:
-        size += part(T, C + H)
-    return size
+def _saved_size(cell, T, h0, *rest):
+    parts = decoder_cuda.saved_parts(_BY_NUMBER[cell], T, h0, *rest)
+    return sum(steps * h0.shape[1] * width for steps, width in parts.values())
 
 
 def _bwd_fake(
@@ -288,5 +276,7 @@ if _native.loaded():
     torch.library.register_fake("fastseq::attention_decoder_bwd")(_bwd_fake)
     _library = torch.library.Library("fastseq", "IMPL")
     _library.impl("attention_decoder_fwd", _fwd_autograd, "Autograd")
+    _library.impl("attention_decoder_fwd", decoder_cuda.forward, "CUDA")
+    _library.impl("attention_decoder_bwd", decoder_cuda.backward, "CUDA")
 else:
     attention_decoder_fwd = attention_decoder_bwd = None

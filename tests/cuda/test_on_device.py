@@ -9,18 +9,21 @@ import pytest
 import torch
 
 import fastseq
-from fastseq import nn
-from fastseq.ops import recurrent_cuda
-from fastseq.ops.recurrent_cuda import STEP, WHOLE
+from fastseq import functional, nn
+from fastseq.ops import decoder_cuda, recurrent_cuda
+from fastseq.ops.recurrent_cuda import GRID, STEP, WHOLE
 from fastseq.testing import assert_matches, recurrent_case, run_with_grads
-from tests.cuda.test_recurrent import FORMS, IDS, RUNS, STEP_CELLS
+from fastseq.testing_decoder import decoder_case
+from tests.cuda.test_recurrent import FORMS, IDS, RUNS, STEP_CELLS, WHOLE_CELLS
 from tests.fuzz_recurrent import ours, yardstick
+from tests.test_functional_decoder import ORDERS
+from tests.test_functional_decoder import check as check_decoder
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-WIDTHS = {STEP: (5, 64, 200), WHOLE: (5, 64, 100)}
+WIDTHS = {STEP: (5, 64, 200), WHOLE: (5, 64, 100), GRID: (5, 64, 200)}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +54,7 @@ def check(case, way):
         case.inputs,
         case.cotangents,
         names=case.names,
-        what=f"{('any way', 'step', 'whole')[way]} {case}",
+        what=f"{('any way', 'step', 'whole', 'grid')[way]} {case}",
     )
 
 
@@ -81,6 +84,35 @@ def test_many_rows_and_steps(way, cell):
     check(case, way)
 
 
+@pytest.mark.parametrize("T, B, H", [(20, 64, 512), (6, 16, 1000), (300, 3, 320)])
+@pytest.mark.parametrize("cell", WHOLE_CELLS)
+def test_a_grid_as_large_as_the_device(cell, T, B, H):
+    check(moved(recurrent_case(cell, T, B, 16, H, lengths="random")), GRID)
+
+
+def test_a_grid_that_does_not_fit_runs_step_by_step():
+    check(moved(recurrent_case("lstm", 3, 4, 16, 3000)), recurrent_cuda.ANY_WAY)
+    with pytest.raises(RuntimeError, match="that fit the device at once"):
+        check(moved(recurrent_case("lstm", 3, 4, 16, 3000)), GRID)
+
+
+def test_grids_on_two_streams_at_once():
+    """Both want the whole device: one waits for the other, and neither for itself."""
+    recurrent_cuda.way = GRID
+    layer = nn.LSTM(16, 512).cuda()
+    x = torch.randn(50, 64, 16, device="cuda")
+    with torch.no_grad():
+        expected = layer(x)[0]
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        found = []
+        for stream in streams * 5:
+            with torch.cuda.stream(stream):
+                found.append(layer(x)[0])
+        torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for y in found)
+
+
 @pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
 def test_every_run_gives_the_same_bits(way, cell):
     case = case_of(cell, "resets, lengths", 96, T=6)
@@ -92,7 +124,7 @@ def test_every_run_gives_the_same_bits(way, cell):
         assert all(torch.equal(found[name], tensor) for name, tensor in runs[0].items())
 
 
-@pytest.mark.parametrize("way", [STEP, WHOLE])
+@pytest.mark.parametrize("way", [STEP, WHOLE, GRID])
 def test_a_training_step_in_a_graph_on_another_stream(way):
     recurrent_cuda.way = way
     layer = nn.LSTM(16, 64, 2, bidirectional=True).cuda()
@@ -115,6 +147,50 @@ def test_a_training_step_in_a_graph_on_another_stream(way):
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def decoder(order, **options):
+    case = decoder_case("lstm", T=6, B=4, S=9, H=32, C=24, masked=True, **options, **ORDERS[order])
+    options = {n: t.cuda() if torch.is_tensor(t) else t for n, t in case.options.items()}
+    if options.get("output"):
+        options["output"] = tuple(t.cuda() for t in options["output"])
+    return replace(
+        case,
+        inputs={name: t.cuda() for name, t in case.inputs.items()},
+        options=options,
+        cotangents=[c.cuda() for c in case.cotangents],
+    )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "options", [{}, {"L": 2}, {"forced": (True, False, True, True, True, False)}]
+)
+def test_a_small_decoder_as_it_is_captured_and_replayed(order, options):
+    for graphs in decoder_cuda.GRAPHS.values():
+        graphs.clear()
+    for seed in range(3):
+        check_decoder(decoder(order, seed=seed, **options))
+        graphs = decoder_cuda.GRAPHS.values()
+        assert not any(graph.refused for graph in graphs)
+        assert all(len(graph) == (seed > 0) for graph in graphs)
+
+
+def test_a_decoder_does_not_wait_once_captured():
+    case = decoder("before")
+    leaves = [t.requires_grad_() for t in case.inputs.values()]
+
+    def run():
+        out = case.function(functional)(*leaves)
+        return torch.autograd.grad(out, leaves, case.cotangents)
+
+    for _ in range(2):
+        run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_nothing_waits_for_the_device():

@@ -1,0 +1,150 @@
+"""A function of tensors on a GPU as one CUDA graph for each kind of call.
+
+A loop of small launches costs what its launches cost; captured, it is one. A graph reads and writes
+the memory it was captured with, so what it is given is copied in and what it gives is copied
+out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Replayed", "capture"]
+
+
+def capture(function: Callable, inputs: Sequence) -> tuple[Callable[[], None], list[Tensor]]:
+    """A CUDA graph of ``function(*inputs)``: what replays it, and where its results lie then."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = function(*inputs)
+    return graph.replay, outputs
+
+
+class _Graph:
+    """A captured call, and the memory that it reads."""
+
+    def __init__(self, replay, inputs, outputs):
+        self.replay, self.inputs, self.outputs = replay, inputs, outputs
+        self.lock = threading.Lock()
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        # Two threads on one stream must not mix what they copy.
+        with self.lock:
+            for held, given in zip(self.inputs, tensors, strict=True):
+                held.copy_(given, non_blocking=True)
+            self.replay()
+            return [t.clone() for t in self.outputs]
+
+
+class Replayed:
+    """Calls a function, from the second call of a kind on as a captured graph.
+
+    Of a kind are calls with tensors of the same shapes and dtypes, the same other arguments, one
+    stream and the same switches of precision. The first runs the function as it is, which also
+    brings about what must not happen during a capture (compiling, choosing algorithms). The second
+    waits for the device, once; no later one does. Where capturing fails, the function runs as it
+    is from then on, for that kind of call. Inside somebody else's capture it runs as it is too, and
+    becomes part of theirs.
+
+    Args:
+        function: of tensors, lists of tensors, and hashable values; returns a list of tensors. What
+            it does depends on nothing else, and on no value that only the device knows.
+        most: graphs that are kept; the one used longest ago gives way. Each keeps its inputs,
+            results and intermediate values in memory.
+        capture: stands in for :func:`capture` in tests.
+
+    Attributes:
+        refused: why the last capture that failed did; None where none has.
+    """
+
+    def __init__(self, function: Callable, most: int = 8, capture: Callable = capture) -> None:
+        self.function, self.most, self.capture = function, most, capture
+        self.refused: str | None = None
+        # By kind: how often it was met, as far as that counts, or its graph.
+        self._kinds: OrderedDict[Hashable, _Graph | int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, *arguments) -> list[Tensor]:
+        if _inside_a_capture(arguments):
+            return self.function(*arguments)
+        tensors, kind = _described(arguments)
+        with self._lock:
+            found = self._kinds.pop(kind, _NEW)
+            if found == _MET:
+                found = self._captured(arguments)
+            self._kinds[kind] = _MET if found == _NEW else found
+            self._make_room()
+        return found(tensors) if isinstance(found, _Graph) else self.function(*arguments)
+
+    def __len__(self) -> int:
+        return sum(isinstance(entry, _Graph) for entry in self._kinds.values())
+
+    def clear(self) -> None:
+        """Let go of all graphs and their memory."""
+        with self._lock:
+            self._kinds.clear()
+            self.refused = None
+
+    def _captured(self, arguments) -> _Graph | int:
+        copies = [_copied(argument) for argument in arguments]
+        inputs, _ = _described(copies)
+        try:
+            replay, outputs = self.capture(self.function, copies)
+        except RuntimeError as error:
+            self.refused = str(error).splitlines()[0]
+            return _REFUSED
+        return _Graph(replay, inputs, outputs)
+
+    def _make_room(self) -> None:
+        """Keep the latest: ``most`` graphs, and eight times as many kinds without one."""
+        graphs, others = len(self), len(self._kinds) - len(self)
+        for kind, entry in list(self._kinds.items()):
+            is_graph = isinstance(entry, _Graph)
+            if graphs > self.most if is_graph else others > 8 * self.most:
+                del self._kinds[kind]
+                graphs, others = graphs - is_graph, others - (not is_graph)
+
+
+_NEW, _MET, _REFUSED = range(3)
+
+
+def _inside_a_capture(arguments) -> bool:
+    on_gpu = any(isinstance(a, Tensor) and a.is_cuda for a in arguments)
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+def _described(arguments) -> tuple[list[Tensor], Hashable]:
+    """All tensors, and the kind of the call."""
+    tensors, kind = [], []
+    for argument in arguments:
+        several = argument if isinstance(argument, (list, tuple)) else (argument,)
+        kind.append(len(several))
+        for each in several:
+            if isinstance(each, Tensor):
+                tensors.append(each)
+                each = (each.shape, each.dtype, each.device)
+            kind.append(each)
+    stream = 0
+    device = next((t.device for t in tensors if t.is_cuda), None)
+    if device is not None:
+        stream = torch.cuda.current_stream(device).cuda_stream
+    matmul = torch.backends.cuda.matmul
+    switches = (
+        torch.get_float32_matmul_precision(),
+        matmul.allow_fp16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    return tensors, (*kind, stream, *switches)
+
+
+def _copied(argument):
+    if isinstance(argument, (list, tuple)):
+        return [_copied(each) for each in argument]
+    if isinstance(argument, Tensor):
+        return argument.clone(memory_format=torch.contiguous_format)
+    return argument

@@ -1,0 +1,111 @@
+"""What makes a call of another kind, how many graphs are kept, and what is done without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastseq.ops import graphs
+from fastseq.ops.graphs import Replayed
+
+
+@pytest.fixture
+def counted():
+    """A function, how often it ran, and how often it was captured."""
+    runs, captures = [], []
+
+    def function(x, more, factor):
+        runs.append(factor)
+        return [x * factor + sum(t.sum() for t in more)]
+
+    def capture(function, inputs):
+        captures.append(inputs)
+        outputs = function(*inputs)
+        return lambda: outputs[0].copy_(function(*inputs)[0]), outputs
+
+    return Replayed(function, most=2, capture=capture), runs, captures
+
+
+def test_first_as_it_is_then_captured_then_replayed(counted):
+    replayed, runs, captures = counted
+    for i in range(4):
+        x, more = torch.full((3,), float(i)), [torch.ones(2)]
+        (found,) = replayed(x, more, 2.0)
+        assert torch.equal(found, x * 2 + 2)
+        assert len(captures) == (i > 0)
+        # Its memory is its own, not the caller's.
+        x.fill_(100)
+    assert len(replayed) == 1
+
+
+def test_what_makes_another_kind(counted):
+    replayed, _, captures = counted
+    x, more = torch.ones(3), [torch.ones(2)]
+    calls = [
+        (x, more, 2.0),
+        (x, more, 3.0),
+        (torch.ones(4), more, 2.0),
+        (x.double(), more, 2.0),
+        (x, [*more, *more], 2.0),
+        (x, [torch.ones(1, 2)], 2.0),
+    ]
+    for call in calls:
+        replayed(*call)
+    assert not captures
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        replayed(*calls[-1])
+        assert not captures
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    # Strides are none: what is given is copied.
+    replayed(torch.ones(6)[::2], more, 2.0)
+    assert len(captures) == 1
+
+
+def test_the_graph_used_longest_ago_gives_way(counted):
+    replayed, _, captures = counted
+
+    def call(n):
+        replayed(torch.ones(n), [], 1.0)
+
+    for n in (1, 2, 1, 2):
+        call(n)
+    assert len(replayed) == 2 and len(captures) == 2
+    call(1)
+    for _ in range(2):
+        call(3)
+    assert len(replayed) == 2 and len(captures) == 3
+    call(1)
+    assert len(captures) == 3
+    call(2)
+    call(2)
+    assert len(captures) == 4
+    for n in range(100):
+        call(n + 10)
+    assert len(replayed._kinds) <= 2 + 16 and len(replayed) == 2
+
+
+def test_where_capturing_fails_the_function_runs():
+    tries = []
+
+    def capture(function, inputs):
+        tries.append(inputs)
+        raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+
+    replayed = Replayed(lambda x: [x + 1], capture=capture)
+    for _ in range(4):
+        assert torch.equal(replayed(torch.zeros(2))[0], torch.ones(2))
+    assert len(tries) == 1 and len(replayed) == 0
+    assert replayed.refused == "operation not permitted when stream is capturing"
+    replayed.clear()
+    assert replayed.refused is None
+
+
+def test_inside_another_capture_it_is_part_of_that(counted, monkeypatch):
+    replayed, runs, captures = counted
+    monkeypatch.setattr(graphs, "_inside_a_capture", lambda arguments: True)
+    for _ in range(3):
+        replayed(torch.ones(3), [], 1.0)
+    assert len(runs) == 3 and not captures
