@@ -40,9 +40,10 @@ ISA_FLAGS = {
 
 # Machine code for Ampere, Hopper and Blackwell, and PTX for what comes later. (One PTX for three of
 # them halves the time that nvcc takes, and no kernel uses what only a later one has.) The same rule
-# on FMAs, and the exact functions of CUDA's maths library.
+# on FMAs, and the exact functions of CUDA's maths library. The driver unpacks what is compressed.
 NVCCFLAGS = (
     "-std=c++17 -O3 -fmad=false -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall "
+    "-Xfatbin -compress-all "
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=sm_100 "
     "-gencode arch=compute_80,code=compute_80 -gencode arch=compute_90a,code=sm_90a"
 ).split()

@@ -144,7 +144,7 @@ def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
     if first.device != x.device:
         return "input and weights differ in device"
     if x.is_cuda:
-        obstacle = _cuda_obstacle(cell, x)
+        obstacle = _cuda_obstacle(cell, x, params)
         if obstacle is None and forced != "cuda":
             obstacle = _UNMEASURED
         if obstacle is not None:
@@ -169,15 +169,15 @@ def _surroundings_obstacle(x: Tensor) -> str | None:
     return None
 
 
-def _cuda_obstacle(cell, x) -> str | None:
+def _cuda_obstacle(cell, x, params) -> str | None:
     if _native.cuda_obstacle() is not None:
         return f"no CUDA kernel: {_native.cuda_obstacle()}"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the CUDA kernels need compute capability 8.0"
     if torch.is_autocast_enabled("cuda"):
         return "autocast on a GPU is torch's"
-    if cell == "layer_norm_lstm":
-        return "no CUDA kernel for layer_norm_lstm yet"
+    if cell == "layer_norm_lstm" and params[1].shape[-1] != params[0].shape[0] // 4:
+        return "no CUDA kernel for a projected layer_norm_lstm"
     return None
 
 

@@ -63,12 +63,15 @@ void by_device_dtype(const Tensor& t, const F& f) {
   }
 }
 
+int64_t biases_of(int64_t cell) { return cuda::recurrent_kernels<float>(int(cell)).biases; }
+
 // What both ops are called with.
 struct Call {
   const char* op;
   int64_t cell, way;
   void* stream;
   int64_t T, B, H, D, tokens;
+  int64_t biases;  // rows of them behind the parameters
   const Tensor& like;
   const Tensors& w_hh;
   const Tensors& params;
@@ -83,7 +86,8 @@ struct Call {
     const ScalarType type = like.scalar_type();
     require(D == 1 || D == 2, "fastseq.", op, ": expected one or two directions, got ", D);
     for (const Tensor& w : w_hh) check_device(op, "w_hh", w, like, type, {info().gates * H, H});
-    for (const Tensor& p : params) check_device(op, "params", p, like, type, {info().params, H});
+    const int64_t param_rows = info().params + biases;
+    for (const Tensor& p : params) check_device(op, "params", p, like, type, {param_rows, H});
     for (const Tensor& m : masks) check_device(op, "a mask", m, like, type, {tokens, H});
     require(int64_t(params.size()) == (info().params ? D : 0) &&
                 int64_t(masks.size()) == info().masks * D,
@@ -173,10 +177,15 @@ int64_t recurrent_cuda_fwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
   require(cell >= 0 && cell < cuda::recurrent_kernel_count() && h.dim() == 3, "fastseq.", op,
           ": expected a cell and h of shape [D, B, H]");
   const int64_t D = h.size(0), B = h.size(1), H = h.size(2), tokens = zx.size(0);
-  const Call call{op,     cell,  way,     reinterpret_cast<void*>(stream),
-                  T,      B,     H,       D,
-                  tokens, zx,    w_hh,    params,
-                  masks,  first, lengths, resets};
+  const Call call{op,     cell,
+                  way,    reinterpret_cast<void*>(stream),
+                  T,      B,
+                  H,      D,
+                  tokens, biases_of(cell),
+                  zx,     w_hh,
+                  params, masks,
+                  first,  lengths,
+                  resets};
   const CellInfo& info = call.info();
   const ScalarType type = zx.scalar_type();
   call.check();
@@ -247,10 +256,15 @@ int64_t recurrent_cuda_bwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
               w_hh[0].dim() == 2,
           "fastseq.", op, ": expected a cell and saved of shape [D, N, S*H]");
   const int64_t D = saved.size(0), tokens = saved.size(1), H = w_hh[0].size(1);
-  const Call call{op,     cell,  way,     reinterpret_cast<void*>(stream),
-                  T,      B,     H,       D,
-                  tokens, saved, w_hh,    params,
-                  masks,  first, lengths, resets};
+  const Call call{op,     cell,
+                  way,    reinterpret_cast<void*>(stream),
+                  T,      B,
+                  H,      D,
+                  tokens, biases_of(cell),
+                  saved,  w_hh,
+                  params, masks,
+                  first,  lengths,
+                  resets};
   const CellInfo& info = call.info();
   const ScalarType type = saved.scalar_type();
   call.check();

@@ -109,9 +109,10 @@ def _by_direction(kind, weights, has_biases: bool, directions: int) -> list[_Wei
         w_ih, w_hh, *rest = (w.contiguous() for w in weights[d * per : (d + 1) * per])
         biases = (rest.pop(0), rest.pop(0)) if has_biases else (None, None)
         params = rest.pop(0) if kind.params else None
-        if rest and kind.masks:
+        if rest and (kind.masks or _normalises(kind)):
+            what = "zoneout" if kind.masks else "layer normalisation"
             raise NotImplementedError(
-                f"fastseq.{kind.name}: expected no projection beside zoneout on a GPU; "
+                f"fastseq.{kind.name}: expected no projection beside {what} on a GPU; "
                 "use_backend('torch') has both"
             )
         sides.append(_Weights(w_ih, w_hh, *biases, params, rest.pop() if rest else None))
@@ -146,6 +147,21 @@ def _ends(tokens: _Tokens, resets: Tensor | None, reverse: bool, like: Tensor) -
 def wants_apart(kind) -> bool:
     """Whether the last gate has its input and recurrent sums apart: kApart of csrc/cell."""
     return kind.reference == "gru"
+
+
+def _normalises(kind) -> bool:
+    """Whether sums over x and over h are normalised, each alone: biases are added behind that."""
+    return kind.reference == "layer_norm_lstm"
+
+
+def _params(kind, side: _Weights) -> Tensor:
+    """The cell's parameters, and behind them the biases that its kernels add."""
+    if not _normalises(kind):
+        return side.params
+    shape = kind.gates, side.params.shape[1]
+    if side.b_ih is None:
+        return torch.cat((side.params, side.params.new_zeros(shape)))
+    return torch.cat((side.params, (side.b_ih + side.b_hh).view(shape)))
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -203,7 +219,7 @@ def forward(cell, x, h0, c0, weights, has_biases, directions, batch_sizes, lengt
         y = new(tokens.count, D * H)
         torch.ops.fastseq.recurrent_cuda_fwd(
             cell, way, stream, tokens.steps, zx, [side.recurrent() for side in sides], b_hh,
-            [side.params for side in sides if kind.params],
+            [_params(kind, side) for side in sides if kind.params],
             [tokens.flat(mask, H) for mask in masks], tokens.first, tokens.lengths,
             tokens.flat(resets), h, c, y, _kept_by_cells(saved, width),
         )  # fmt: skip
@@ -253,6 +269,8 @@ def _project(y, h, h0, sides: list[_Weights], ends: list[_Ends]) -> tuple[Tensor
 def _input_sums(kind, x: Tensor, sides: list[_Weights]) -> tuple[Tensor, list[Tensor]]:
     """x W_ih^T and biases [tokens, D*G*H], and those biases that :func:`sum_biases` leaves out."""
     w_ih = sides[0].w_ih if len(sides) == 1 else torch.cat([side.w_ih for side in sides])
+    if _normalises(kind):
+        return x @ w_ih.t(), []
     biases, apart = zip(*(sum_biases(kind, side.b_ih, side.b_hh) for side in sides), strict=True)
     if biases[0] is None:
         return x @ w_ih.t(), []
@@ -265,12 +283,15 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
     sides = _by_direction(kind, weights, has_biases, D)
     H = sides[0].w_ih.shape[0] // kind.gates
     tokens = _tokens(x, h0, batch_sizes, lengths)
-    apart = int(wants_apart(kind))
+    # Blocks of a row: sums over h, then those over x, which share all but `apart` of them; then
+    # parameters, then biases that are no part of any sum.
+    apart = kind.gates if _normalises(kind) else int(wants_apart(kind))
     sums = kind.gates + apart
+    own = kind.params + (kind.gates if _normalises(kind) else 0)
     stream = current_stream(x)
     with on_device(x):
         new = x.new_zeros if tokens.has_padding else x.new_empty
-        dsums = new(tokens.count, D * (sums + kind.params) * H)
+        dsums = new(tokens.count, D * (sums + own) * H)
         hidden = new(D, tokens.count, H) if need_dw else None
         dh0 = x.new_empty(D, tokens.rows, H) if need_dh0 else None
         dc0 = torch.empty_like(dh0) if need_dh0 and kind.states == 2 else None
@@ -284,14 +305,15 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
         torch.ops.fastseq.recurrent_cuda_bwd(
             cell, way, stream, tokens.steps, tokens.rows,
             _kept_by_cells(saved.contiguous(), kind.saved * H), dy_h, dh_h, dc_n, h0_h, c0,
-            [side.recurrent() for side in sides], [side.params for side in sides if kind.params],
+            [side.recurrent() for side in sides],
+            [_params(kind, side) for side in sides if kind.params],
             [tokens.flat(mask, H) for mask in masks], tokens.first, tokens.lengths,
             tokens.flat(resets), dsums, hidden, dh0, dc0,
         )  # fmt: skip
         x_rows = tokens.without_padding(tokens.flat(x, x.shape[-1])) if need_dw else None
         dx, of_sides, dh0_p = None, [], []
         for d, side in enumerate(sides):
-            rows = dsums.view(tokens.count, D, (sums + kind.params) * H)[:, d]
+            rows = dsums.view(tokens.count, D, (sums + own) * H)[:, d]
             of_x, of_h = rows[:, apart * H : sums * H], rows[:, : kind.gates * H]
             if need_dx:
                 dx = of_x @ side.w_ih if dx is None else dx.addmm_(of_x, side.w_ih)
@@ -304,11 +326,12 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
                     dw_hh, *last = projection.weight_gradients(d, of_h, dw_hh)
                 grads = [of_x.t() @ x_rows, dw_hh]
             if need_db and has_biases:
-                db_ih = of_x.sum(0)
-                db_hh = in_order(of_h.sum(0), H) if apart else db_ih.clone()
+                db_ih = (rows[:, (sums + kind.params) * H :] if _normalises(kind) else of_x).sum(0)
+                db_hh = in_order(of_h.sum(0), H) if wants_apart(kind) else db_ih.clone()
                 grads += [db_ih, db_hh]
             if need_dw and kind.params:
-                grads.append(rows[:, sums * H :].sum(0).view(kind.params, H))
+                of_params = rows[:, sums * H : (sums + kind.params) * H]
+                grads.append(of_params.sum(0).view(kind.params, H))
             of_sides += [*grads, *last]
         dh0 = torch.stack(dh0_p) if dh0_p else dh0
         out = [t for t in (dh0, dc0) if t is not None] + of_sides

@@ -17,6 +17,7 @@
 
 #include "../../csrc/cuda/recurrent/grid.h"
 #include "../../csrc/cuda/recurrent/launch.h"
+#include "../../csrc/cuda/recurrent/normalised.h"
 #include "../../csrc/cuda/recurrent/step.h"
 #include "../../csrc/cuda/recurrent/whole.h"
 
@@ -213,6 +214,37 @@ const char* step_backward(const Backward<T>& a, int64_t t, bool initial, void*) 
   }
   return nullptr;
 }
+
+// f(row, block, shared memory) of each row, its memory as whole.h's.
+template <class A, class F>
+const char* each_row(int64_t B, int64_t H, int64_t rows, const F& f) {
+  for (int64_t i = 0; H && i < B; ++i) {
+    std::vector<A> memory(size_t(normalised_memory(rows, H)), A(NAN));
+    f(pick(int(i), int(B)), HostBlock{kRowThreads}, memory.data());
+  }
+  return nullptr;
+}
+
+template <class Cell, class T>
+const char* normalised_forward(const Forward<T>& a, int64_t t, void*) {
+  const auto row = [&](int64_t b, const HostBlock& block, Wide<T>* memory) {
+    normalised_forward_row<Cell>(a, t, b, block, memory);
+  };
+  return each_row<Wide<T>>(a.walk.B, a.walk.H, 2, row);
+}
+
+template <class Cell, class T>
+const char* normalised_backward(const Backward<T>& a, int64_t t, bool initial, void*) {
+  const auto row = [&](int64_t b, const HostBlock& block, Wide<T>* memory) {
+    normalised_backward_row<Cell>(a, t, initial, b, block, memory);
+  };
+  return each_row<Wide<T>>(a.walk.B, a.walk.H, 2 + 2 * Cell::kGates, row);
+}
+
+#define NORMALISED(Cell, T)                                                            \
+  template const char* normalised_forward<Cell, T>(const Forward<T>&, int64_t, void*); \
+  template const char* normalised_backward<Cell, T>(const Backward<T>&, int64_t, bool, void*);
+FASTSEQ_STEP_TYPES(NORMALISED, cell::LayerNormLstm)
 
 template <class Cell, class T>
 const char* whole_forward(const Forward<T>* sides, int D, const WholePlan& plan, void*) {

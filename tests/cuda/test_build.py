@@ -46,7 +46,7 @@ def families(usage: str) -> dict[str, list[dict[str, int]]]:
     """Of every kernel and architecture: registers a thread, bytes of stack and of spills."""
     found: dict[str, list[dict[str, int]]] = {}
     for name, numbers in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", usage):
-        family = re.search(r"(step|whole|grid)_(forward|backward)_kernel", name)
+        family = re.search(r"(step|whole|grid|normalised)_(forward|backward)_kernel", name)
         if family:
             each = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", numbers)}
             found.setdefault(family.group(0), []).append(each)
@@ -74,8 +74,12 @@ def test_resources_keep_the_budget():
 def test_registers_of_the_budget_fit_a_block():
     """65536 registers a multiprocessor, given out to a warp by 256."""
     sources = (ROOT / "csrc" / "cuda" / "recurrent" / "launch.h").read_text()
-    for kind in ("step", "whole", "grid"):
-        constant = f"k{kind.capitalize()}Threads"
+    for kind, constant in (
+        ("step", "kStepThreads"),
+        ("normalised", "kRowThreads"),
+        ("whole", "kWholeThreads"),
+        ("grid", "kGridThreads"),
+    ):
         threads = int(re.search(rf"{constant} = (\d+)", sources).group(1))
         for family, budget in BUDGETS["kernels"].items():
             if family.startswith(kind):
@@ -101,7 +105,7 @@ def test_no_symbol_of_the_cuda_runtime_leaks():
 def test_without_a_driver_it_loads_and_says_so():
     obstacle = _native.cuda_obstacle()
     assert obstacle
-    x = torch.empty(2, 3, 4)
-    assert obstacle in backends._cuda_obstacle("lstm", x)
+    x, weights = torch.empty(2, 3, 4), list(nn.LSTM(4, 5).parameters())
+    assert obstacle in backends._cuda_obstacle("lstm", x, weights)
     with fastseq.use_backend("cuda"), pytest.raises(RuntimeError, match="the cuda backend can run"):
         nn.LSTM(4, 5)(x)

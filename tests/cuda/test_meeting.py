@@ -1,4 +1,4 @@
-"""The meeting of `grid`'s blocks under ThreadSanitizer: it orders all that blocks hand each other."""
+"""The meeting of `grid`'s blocks under ThreadSanitizer: it orders what they hand each other."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ if COMPILER is None:
 
 WHOLE_CELLS = ["lstm", "gru", "rnn_tanh", "rnn_relu"]
 STEP_CELLS = [*WHOLE_CELLS, "peephole_lstm"]
-RUNS = [(STEP, cell) for cell in STEP_CELLS]
+RUNS = [(STEP, cell) for cell in (*STEP_CELLS, "layer_norm_lstm")]
 RUNS += [(way, cell) for way in (WHOLE, GRID) for cell in WHOLE_CELLS]
 IDS = [f"{('', 'step', 'whole', 'grid')[way]}-{cell}" for way, cell in RUNS]
 
@@ -144,6 +144,13 @@ def by_op(case):
 
     def call(x, *rest):
         states, weights = rest[: kind.states], rest[kind.states :]
+        if case.cell == "layer_norm_lstm":
+            # The op takes a cell's parameters as one matrix.
+            per = len(weights) // D
+            sides = [weights[d * per : (d + 1) * per] for d in range(D)]
+            weights = [
+                w for s in sides for w in (*s[:-4], torch.cat(s[-4:]).view(-1, s[1].shape[1]))
+            ]
         settings = op.Settings(kind.number, case.options["bias"], D, *tensors)
         return op.run(settings, x, *(*states, None)[:2], weights)
 
@@ -219,7 +226,9 @@ PROJECTED = [form for form in FORMS if form not in ("both directions", "lengths,
 
 
 @pytest.mark.parametrize("form", PROJECTED)
-@pytest.mark.parametrize("way, cell", [run for run in RUNS if "lstm" in run[1]], ids=str)
+@pytest.mark.parametrize(
+    "way, cell", [run for run in RUNS if run[1] in ("lstm", "peephole_lstm")], ids=str
+)
 def test_projections(way, cell, form):
     with on_host(way):
         for P in (3, 9):
@@ -242,6 +251,9 @@ def test_a_projection_beside_zoneout_is_refused():
     fn = ours(case, zoneout=(0.1, 0.1))
     with on_host(), pytest.raises(NotImplementedError, match="no projection beside zoneout"):
         run_with_grads(fn, case.inputs, case.cotangents, names=case.names)
+    case = recurrent_case("layer_norm_lstm", 2, 3, 4, 6, proj_size=2)
+    with on_host(), pytest.raises(NotImplementedError, match="no projection beside layer norm"):
+        bits(case)
 
 
 def test_what_no_weight_wants_is_not_made():

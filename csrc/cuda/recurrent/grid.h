@@ -19,13 +19,6 @@
 namespace fastseq {
 namespace cuda {
 
-// In front of a loop that is not worth its code several times over.
-#if defined(__CUDA_ARCH__)
-#define FASTSEQ_ROLLED _Pragma("unroll 1")
-#else
-#define FASTSEQ_ROLLED
-#endif
-
 constexpr int kGridRows = 8, kGridColumns = 4;
 
 template <class T>

@@ -11,6 +11,11 @@ template <class Cell, class T>
 const char* step_forward(const Forward<T>& a, int64_t t, void* stream);
 template <class Cell, class T>
 const char* step_backward(const Backward<T>& a, int64_t t, bool initial, void* stream);
+// The same two for cells that normalise over all units of a row.
+template <class Cell, class T>
+const char* normalised_forward(const Forward<T>& a, int64_t t, void* stream);
+template <class Cell, class T>
+const char* normalised_backward(const Backward<T>& a, int64_t t, bool initial, void* stream);
 template <class Cell, class T>
 const char* whole_forward(const Forward<T>* sides, int D, const WholePlan& plan, void* stream);
 template <class Cell, class T>
@@ -24,7 +29,7 @@ const char* grid_backward(const Backward<T>* sides, int D, const GridPlan& plan,
 
 // Most threads of a block. Beyond 512 a thread of `whole` had fewer than the 128 registers that its
 // sums want.
-constexpr int kStepThreads = 128, kWholeThreads = 512, kGridThreads = 256;
+constexpr int kStepThreads = 128, kWholeThreads = 512, kGridThreads = 256, kRowThreads = 128;
 
 // F(cell, type) for all that `step` serves, and those that `whole` and `grid` do.
 #define FASTSEQ_STEP_TYPES(F, Cell) F(Cell, double) F(Cell, float) F(Cell, Half) F(Cell, BFloat16)

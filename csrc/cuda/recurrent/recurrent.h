@@ -55,7 +55,7 @@ template <class T>
 struct Inputs {
   Walk walk;
   const T* w_hh;               // [G*H, H]; for `whole` and `grid`
-  const T* params;             // [the cell's kParams, H] or null
+  const T* params;             // [the cell's kParams (and biases), H] or null
   const T* masks[kMostMasks];  // [tokens, H]
 };
 
@@ -159,10 +159,11 @@ struct RecurrentKernels {
   const char* (*grid_backward)(const Backward<T>*, int D, const GridPlan&, const GridSpace&,
                                void* stream);
   WholeSize size;
-  int blocks;  // of a token's row of dsums: see GradientRow
+  int blocks;  // of a token's row of dsums: see GradientRow, NormalisedGradientRow
+  int biases;  // rows of biases behind the cell's parameters
 };
 
-// By number, as in csrc/cell/cells.h, normalised cells aside; T: double, float, Half, BFloat16.
+// By number, as in csrc/cell/cells.h; T: double, float, Half, BFloat16.
 int recurrent_kernel_count();
 template <class T>
 const RecurrentKernels<T>& recurrent_kernels(int cell);

@@ -3,6 +3,7 @@
 
 #include "grid.h"
 #include "launch.h"
+#include "normalised.h"
 #include "whole.h"
 
 namespace fastseq {
@@ -23,16 +24,24 @@ FASTSEQ_WHOLE_CELLS(HAS_WHOLE)
 template <class Cell, class T>
 RecurrentKernels<T> entry() {
   RecurrentKernels<T> k{};
-  k.step_forward = step_forward<Cell, T>;
-  k.step_backward = step_backward<Cell, T>;
+  k.size = whole_size<Cell, T>();
+  if constexpr (cell::kNormalised<Cell>) {
+    k.step_forward = normalised_forward<Cell, T>;
+    k.step_backward = normalised_backward<Cell, T>;
+    k.blocks = NormalisedGradientRow<Cell>::kBlocks;
+    k.biases = Cell::kGates;
+    return k;
+  } else {
+    k.step_forward = step_forward<Cell, T>;
+    k.step_backward = step_backward<Cell, T>;
+    k.blocks = GradientRow<Cell>::kBlocks;
+  }
   if constexpr (kHasWhole<Cell, T>) {
     k.whole_forward = whole_forward<Cell, T>;
     k.whole_backward = whole_backward<Cell, T>;
     k.grid_forward = grid_forward<Cell, T>;
     k.grid_backward = grid_backward<Cell, T>;
   }
-  k.size = whole_size<Cell, T>();
-  k.blocks = GradientRow<Cell>::kBlocks;
   return k;
 }
 
@@ -40,13 +49,13 @@ RecurrentKernels<T> entry() {
 
 int recurrent_kernel_count() {
 #define ONE(name, Cell) +1
-  return 0 FASTSEQ_CELLS(ONE);
+  return 0 FASTSEQ_ALL_CELLS(ONE);
 }
 
 template <class T>
 const RecurrentKernels<T>& recurrent_kernels(int cell) {
 #define ENTRY(name, Cell) entry<Cell, T>(),
-  static const RecurrentKernels<T> table[] = {FASTSEQ_CELLS(ENTRY)};
+  static const RecurrentKernels<T> table[] = {FASTSEQ_ALL_CELLS(ENTRY)};
   return table[cell];
 }
 template const RecurrentKernels<double>& recurrent_kernels<double>(int);

@@ -15,6 +15,13 @@
 #define FASTSEQ_BOTH inline __attribute__((always_inline))
 #endif
 
+// In front of a loop that is not worth its code several times over.
+#if defined(__CUDA_ARCH__)
+#define FASTSEQ_ROLLED _Pragma("unroll 1")
+#else
+#define FASTSEQ_ROLLED
+#endif
+
 namespace fastseq {
 namespace cuda {
 
