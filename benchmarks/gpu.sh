@@ -58,6 +58,7 @@ part "tests" 180 python3 -m pytest -q --durations=5 ${side_by_side[@]+"${side_by
 part "recurrent tests" 150 python3 -m pytest -q --durations=5 \
   ${side_by_side[@]+"${side_by_side[@]}"} tests/cuda
 part "recurrent" 100 python3 -m benchmarks.bench_recurrent_gpu --output "$out"
+part "decoder" 60 python3 -m benchmarks.bench_decoder --device cuda --output "$out"
 part "attention" 150 python3 -m benchmarks.bench_attention --device cuda --output "$out"
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck synccheck; do

@@ -245,7 +245,9 @@ def recurrent_explanation(
     if obstacle is not None:
         return Explanation(cell, "torch", obstacle)
     if x.is_cuda:
-        return Explanation(cell, "cuda", "the CUDA kernels (use_backend('cuda') is in force)")
+        said = "the CUDA kernels (use_backend('cuda') is in force), "
+        said += "one launch a layer where its weights fit on chip, else launches a step"
+        return Explanation(cell, "cuda", said)
     return Explanation(cell, "cpu", _kernel_in_use())
 
 

@@ -17,6 +17,7 @@ PARTS = [
     "tests",
     "recurrent tests",
     "recurrent",
+    "decoder",
     "attention",
     "memcheck",
     "racecheck",

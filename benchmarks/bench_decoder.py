@@ -1,0 +1,130 @@
+"""The decoder with attention against its reference, eager and captured: checked, timed, recorded.
+
+python -m benchmarks.bench_decoder [--device cuda] [--rows 1,2] [--quick] [--output FOLDER]
+
+All target tokens are given. On a GPU fastseq's side runs inside use_backend("cuda"), and the
+reference is timed a second time as one CUDA graph of the same call.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+import fastseq
+from benchmarks.command import Row, command, milliseconds
+from benchmarks.shapes import MODES
+from fastseq import functional
+from fastseq.reference import decoder as reference
+from fastseq.testing import assert_matches
+from fastseq.testing_decoder import DecoderCase, decoder_case
+
+COLUMNS = (
+    "order B T S E H K C mode status fastseq_ms eager_ms captured_ms over_eager over_captured"
+).split()
+ORDERS = {"before": {}, "feeding": {"after": True, "feeds": True}}
+SIZES = {
+    "cpu": [(64, 5, 5, 16, 32, 32, 64), (32, 30, 30, 256, 256, 256, 512)],
+    "cuda": [
+        (64, 40, 40, 256, 512, 512, 1024),
+        (32, 30, 30, 256, 256, 256, 512),
+        (128, 25, 25, 256, 512, 512, 1024),
+    ],
+}
+# Steps of what is checked: the reference takes a score of launches a step.
+SHORT = 6
+
+
+def build(size: tuple[int, ...], order: str, device: str, steps: int | None = None) -> DecoderCase:
+    B, T, S, E, H, K, C = size
+    case = decoder_case("lstm", steps or T, B, S, E, H, K, C, A=H, masked=True, **ORDERS[order])
+    on = lambda t: t.to(device) if torch.is_tensor(t) else t  # noqa: E731
+    return replace(
+        case,
+        inputs={name: on(t) for name, t in case.inputs.items()},
+        options={name: on(value) for name, value in case.options.items()},
+        cotangents=[on(t) for t in case.cotangents],
+    )
+
+
+def step(call: Callable, case: DecoderCase, mode: str) -> Callable[[], object]:
+    """What one sample runs: forward without a graph, or forward and backward."""
+    leaves = [t.clone().requires_grad_(mode == "train") for t in case.inputs.values()]
+
+    def infer() -> object:
+        with torch.no_grad():
+            return call(*leaves)
+
+    def train() -> object:
+        return torch.autograd.grad(call(*leaves), leaves, case.cotangents)
+
+    return train if mode == "train" else infer
+
+
+def captured(run: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """The same launches as one CUDA graph, by name; nothing where they can't be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = run()
+    except RuntimeError as error:
+        print(f"capture: {str(error).splitlines()[0]}", flush=True)
+        return {}
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return {"captured": replay}
+
+
+def rows(size: tuple[int, ...], device: str, quick: bool) -> Iterator[Row]:
+    backend = "cuda" if device == "cuda" else "auto"
+
+    def ours(case: DecoderCase) -> Callable[..., object]:
+        def call(*tensors: torch.Tensor) -> object:
+            with fastseq.use_backend(backend):
+                return case.function(functional)(*tensors)
+
+        return call
+
+    for order in ORDERS:
+        for mode in MODES:
+
+            def measure(seconds: float, order=order, mode=mode) -> dict[str, object]:
+                short = build(size, order, device, SHORT)
+                oracle = short.function(reference)
+                assert_matches(
+                    ours(short), oracle, oracle, short.inputs, short.cotangents, names=short.names
+                )
+                case = build(size, order, device)
+                eager = step(case.function(reference), case, mode)
+                calls = {"fastseq": step(ours(case), case, mode), "eager": eager}
+                if device == "cuda":
+                    calls |= captured(eager)
+                times = milliseconds(calls, device, seconds)
+                said = {f"{name}_ms": f"{ms:.4f}" for name, ms in times.items()}
+                for name in times.keys() - {"fastseq"}:
+                    said[f"over_{name}"] = f"{times[name] / times['fastseq']:.2f}"
+                return said
+
+            sizes = dict(zip("BTSEHKC", size, strict=True))
+            yield Row({"order": order, **sizes, "mode": mode}, measure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 0 if every answer was right, 1 if one was wrong, 2 for bad arguments."""
+    return command("decoder", __doc__.splitlines()[0], SIZES, COLUMNS, rows, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
