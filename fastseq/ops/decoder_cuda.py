@@ -104,7 +104,7 @@ class _Forward(_Decoder):
         self.cs = self.states[1].split(1) if c0 is not None else [None] * self.L
         for layer in range(self.L):
             self.rows["h", layer][0] = self.hs[layer][0]
-        self.features, self.contexts, self.attended = [], [], []
+        self.features, self.besides, self.attended = [], [], []
 
     def attend(self, t: int, h: Tensor) -> Tensor:
         """The context of step t, its weights kept."""
@@ -166,8 +166,11 @@ def _forward(cell, x, tokens, table, forced, h0, c0, keys, values, mask, weights
     feed = None
     if feeds:
         feed = h0.new_zeros(d.B, w_c.shape[0]) if feed0 is None else feed0
+    # What stands beside the inputs, and the features made of it: at once at the end, unless the
+    # next step's token is found by them.
+    later = forced is None
     for t in range(T):
-        if forced is not None:
+        if not later:
             token = tokens[:, t]
             if t:
                 found = likeliest()
@@ -183,19 +186,30 @@ def _forward(cell, x, tokens, table, forced, h0, c0, keys, values, mask, weights
             context = d.attend(t, d.hs[-1][0])
         beside = feed if w_c is not None else context
         if beside is not None:
-            inputs[t, :, d.E :] = beside
-        if forced is not None:
-            zx = _linear(inputs[t], first.w_ih, first.bias)
-        else:
+            d.besides.append(beside)
+        if later:
             zx = sums[t] if beside is None else sums[t].addmm_(beside, d.by_beside.t())
-        d.features.append(d.feature(t, d.step(t, zx), context))
+        else:
+            if beside is not None:
+                inputs[t, :, d.E :] = beside
+            zx = _linear(inputs[t], first.w_ih, first.bias)
+        out = d.step(t, zx)
+        if w_c is not None or not later:
+            d.features.append(d.feature(t, out, context))
         if done is not None:
             d.freeze(done, before)
         feed = d.features[-1] if feeds else None
     if forced is not None and len(forced) > T:
         fed.append(likeliest() if done is None else likeliest().masked_fill(done, end_token))
-    width = d.H + values.shape[2] if w_c is None else w_c.shape[0]
-    out = [_by_row(d.features, h0, width), _by_row(d.attended, h0, keys.shape[1]), *d.states]
+    if later and d.besides:
+        inputs[:, :, d.E :] = torch.stack(d.besides)
+    width = values.shape[2] if w_c is None else w_c.shape[0]
+    if w_c is None and later:
+        contexts = _by_row(d.besides, h0, width)
+        features = torch.cat((d.out(d.L - 1).transpose(0, 1), contexts), 2)
+    else:
+        features = _by_row(d.features, h0, width + d.H if w_c is None else width)
+    out = [features, _by_row(d.attended, h0, keys.shape[1]), *d.states]
     if tokens is not None:
         out.append(tokens.clone() if forced is None else torch.stack(fed, 1))
     return [*out, d.saved] if save else out
@@ -208,13 +222,16 @@ class _Backward(_Decoder):
         T = features.shape[1]
         super().__init__(cell, T, saved, h0, *rest)
         self.apart = int(recurrent_cuda.wants_apart(self.kind))
-        self.features, self.attended = _turned(features), _turned(attended)
+        self.features = None if self.w_c is None else _turned(features)
+        self.attended = _turned(attended)
         dfeatures = torch.zeros_like(features) if dfeatures is None else dfeatures
-        self.dfeatures = _turned(dfeatures)
+        widths = (self.H, self.values.shape[2]) if self.w_c is None else (features.shape[2],)
+        # Of what the top layer hands on and of the context, or of the attentional vector.
+        self.dfeatures = [_turned(part) for part in dfeatures.split(widths, 2)]
         self.dweights = None if dweights is None else _turned(dweights)
         blocks = self.kind.gates + self.apart
         self.dsums = [h0.new_empty(T, self.B, blocks * self.H) for _ in self.layers]
-        self.dquery = h0.new_empty(T, self.B, self.keys.shape[2])
+        self.dqueries = []
         self.dcontext = h0.new_empty(T, self.B, self.values.shape[2])
         self.dpre = None if self.w_c is None else torch.empty_like(self.features)
         self.dstates = [list(state.split(1)) for state in states]
@@ -252,8 +269,8 @@ class _Backward(_Decoder):
             first=(_turned(self.dcontext), dweights),
         )[1:]  # fmt: skip
 
-    def query_gradient(self, t: int) -> Tensor:
-        """What reaches the query's source at step t by way of the scores, [B, H]."""
+    def add_query_gradient(self, t: int, to: Tensor) -> Tensor:
+        """Add what reaches the query's source at step t by way of the scores, [B, H]."""
         one = slice(t, t + 1)
         first = (_turned(self.dcontext[one]), None)
         if self.dweights is not None:
@@ -262,8 +279,10 @@ class _Backward(_Decoder):
             "bwd", _turned(self.queries[one]), None, _turned(self.attended[one]), self.scale,
             True, False, first=first,
         )  # fmt: skip
-        self.dquery[t] = grads[0].squeeze(1)
-        return self.dquery[t] if self.w_q is None else self.dquery[t] @ self.w_q
+        self.dqueries.append(grads[0].squeeze(1))
+        if self.w_q is None:
+            return to.add_(self.dqueries[-1])
+        return to.addmm_(self.dqueries[-1], self.w_q)
 
     def step(self, t: int, dout: Tensor) -> None:
         """All layers, given the gradient of what the last one hands on, [B, H]."""
@@ -275,7 +294,7 @@ class _Backward(_Decoder):
             c_prev = self.c_prev[layer]
             torch.ops.fastseq.recurrent_cuda_bwd(
                 self.kind.number, recurrent_cuda.STEP, self.stream, 1, self.B,
-                self.rows["cells", layer][one], dout.contiguous(), *_two(before),
+                self.rows["cells", layer][one], dout, *_two(before),
                 self.rows["h", layer][one], None if c_prev is None else c_prev[one], [held.w_hh],
                 [], [], None, None, None, self.dsums[layer][t], None, *_two(after),
             )  # fmt: skip
@@ -287,20 +306,19 @@ class _Backward(_Decoder):
 
     def run(self) -> Tensor | None:
         """Through all steps; the gradient of what stood beside the first input."""
-        H, C, beside = self.H, self.values.shape[2], None
+        C, beside = self.values.shape[2], None
         for t in reversed(range(self.T)):
-            d = self.dfeatures[t]
-            if self.w_c is None:
-                self.step(t, d[:, :H])
-                beside = torch.addmm(d[:, H:], self.of_x(0)[t], self.by_beside)
-                self.dcontext[t] = beside
-                self.dstates[0][-1][0] += self.query_gradient(t)
+            d, *of_context = (part[t] for part in self.dfeatures)
+            if of_context:
+                self.step(t, d)
+                of_sums, dcontext = self.of_x(0)[t], self.dcontext[t]
+                torch.addmm(*of_context, of_sums, self.by_beside, out=dcontext)
+                self.add_query_gradient(t, self.dstates[0][-1][0])
                 continue
             d = d if beside is None else d + beside
             torch.ops.aten.tanh_backward.grad_input(d, self.features[t], grad_input=self.dpre[t])
-            both = self.dpre[t] @ self.w_c
-            self.dcontext[t] = both[:, :C]
-            self.step(t, both[:, C:] + self.query_gradient(t))
+            torch.mm(self.dpre[t], self.w_c[:, :C], out=self.dcontext[t])
+            self.step(t, self.add_query_gradient(t, self.dpre[t] @ self.w_c[:, C:]))
             if self.feeds:
                 beside = self.of_x(0)[t] @ self.by_beside
         return beside
@@ -339,7 +357,9 @@ def _backward(cell, dfeatures, dweights, dh_n, dc_n, features, attended, saved, 
         if has_biases:
             out += [of_x.sum(0), recurrent_cuda.in_order(of_h.sum(0), d.apart * d.H)]
     if w_q is not None:
-        out.append(rows(d.dquery).t() @ rows(d.query_source()))
+        # They were found from the last step back.
+        dqueries = torch.cat(d.dqueries[::-1]) if d.T else w_q.new_empty(0, w_q.shape[0])
+        out.append(dqueries.t() @ rows(d.query_source()))
     if w_c is not None:
         out.append(rows(d.dpre).t() @ rows(d.rows["attended"]))
         out += [rows(d.dpre).sum(0)] if b_c is not None else []
