@@ -129,13 +129,13 @@ void gemm_panel(const Gemm<T>& g, const GemmBlock<T>& block, int64_t n, int cols
       tile(m, RowsOfA<T>{row}, rows, {});
     } else if (block.a) {
       const bool soon = line < block.next_columns && K <= block.next_depth;
-      tile(m, PackedA<T>{block.a + (m - block.m0) * K}, rows,
+      tile(m, ColumnsOfA<T>{block.a + (m - block.m0) * K, kRows}, rows,
            soon ? Strided<T>{block.next + line, g.a_k} : Strided<T>{});
     } else if (rows == kRows) {
       tile(m, ColumnsOfA<T>{g.a + block.k0 * g.a_k + m, g.a_k}, rows, {});
     } else {
       pack_a(g, m, block.m1, block.k0, block.k1, block.last_rows);
-      tile(m, PackedA<T>{block.last_rows}, rows, {});
+      tile(m, ColumnsOfA<T>{block.last_rows, kRows}, rows, {});
     }
   }
 }

@@ -20,24 +20,56 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Each form of A gives a place that walks along k: at(m) is A[m][k], next() the step to k + 1.
+
 // A as separate rows, contiguous in k.
 template <class T>
 struct RowsOfA {
   const T* const* rows;
-  FASTSEQ_INLINE T at(int m, int64_t k) const { return rows[m][k]; }
+
+  // One pointer moves and the other rows are distances from it. With a pointer a row, compilers run
+  // out of registers and keep some in vector registers, moves from which take an FMA's place.
+  template <int Rows>
+  struct Place {
+    const char* first;
+    int64_t distance[Rows];
+    FASTSEQ_INLINE T at(int m) const {
+      return *reinterpret_cast<const T*>(m == 0 ? first : first + distance[m]);
+    }
+    FASTSEQ_INLINE void next() {
+      first += sizeof(T);
+      // Or the compiler makes a pointer a row of it again.
+      asm("" : "+r"(first));
+    }
+  };
+  template <int Rows>
+  FASTSEQ_INLINE Place<Rows> place(int64_t k) const {
+    Place<Rows> p;
+    p.first = reinterpret_cast<const char*>(rows[0] + k);
+#pragma GCC unroll 12
+    for (int m = 0; m < Rows; ++m) {
+      p.distance[m] = reinterpret_cast<const char*>(rows[m] + k) - p.first;
+    }
+    return p;
+  }
 };
-// A packed: for each k, its kRows values side by side.
-template <class T>
-struct PackedA {
-  const T* packed;
-  FASTSEQ_INLINE T at(int m, int64_t k) const { return packed[k * kRows + m]; }
-};
-// A with columns side by side, as it stands.
+// A whose rows lie side by side, `stride` elements from one k to the next.
 template <class T>
 struct ColumnsOfA {
   const T* a;
   int64_t stride;
-  FASTSEQ_INLINE T at(int m, int64_t k) const { return a[k * stride + m]; }
+
+  template <int Rows>
+  struct Place {
+    const T* a;
+    int64_t stride;
+    FASTSEQ_INLINE T at(int m) const { return a[m]; }
+    FASTSEQ_INLINE void next() { a += stride; }
+  };
+  template <int Rows>
+  FASTSEQ_INLINE Place<Rows> place(int64_t k) const {
+    return {a + k * stride, stride};
+  }
 };
 
 // What to fetch meanwhile: lines one after the other, or a line every `stride` elements.
@@ -72,7 +104,8 @@ template <class T, int Rows, int Vectors, int Panels, bool Fetch, class A, class
 FASTSEQ_INLINE void multiply_chain(int64_t k0, int64_t k1, const A& a, const T* panel,
                                    int64_t panel_stride, Vec<T> (&acc)[Rows][Panels * Vectors],
                                    const Soon& soon) {
-  for (int64_t k = k0; k < k1; ++k) {
+  auto place = a.template place<Rows>(k0);
+  for (int64_t k = k0; k < k1; ++k, place.next()) {
     if (Fetch) __builtin_prefetch(line_of(soon, k), 0, 2);
     Vec<T> b[Panels * Vectors];
 #pragma GCC unroll 12
@@ -81,7 +114,7 @@ FASTSEQ_INLINE void multiply_chain(int64_t k0, int64_t k1, const A& a, const T* 
     }
 #pragma GCC unroll 12
     for (int m = 0; m < Rows; ++m) {
-      const Vec<T> a_mk = broadcast(a.at(m, k));
+      const Vec<T> a_mk = broadcast(place.at(m));
 #pragma GCC unroll 12
       for (int v = 0; v < Panels * Vectors; ++v) acc[m][v] = fma(a_mk, b[v], acc[m][v]);
     }
@@ -96,10 +129,11 @@ FASTSEQ_INLINE void multiply_two_chains(int64_t k0, int64_t k1, int64_t k2, cons
                                         Vec<T> (&acc)[Rows][Panels * Vectors],
                                         Vec<T> (&other)[Rows][Panels * Vectors]) {
   const int64_t both = k2 - k1;
-  for (int64_t k = k0; k < k0 + both; ++k) {
+  auto place_1 = a.template place<Rows>(k0), place_2 = a.template place<Rows>(k1);
+  for (int64_t k = k0; k < k0 + both; ++k, place_1.next(), place_2.next()) {
 #pragma GCC unroll 12
     for (int m = 0; m < Rows; ++m) {
-      const Vec<T> a_1 = broadcast(a.at(m, k)), a_2 = broadcast(a.at(m, k - k0 + k1));
+      const Vec<T> a_1 = broadcast(place_1.at(m)), a_2 = broadcast(place_2.at(m));
 #pragma GCC unroll 12
       for (int v = 0; v < Panels * Vectors; ++v) {
         const T* p = panel + (v / Vectors) * panel_stride + (v % Vectors) * kLanes<T>;
