@@ -166,7 +166,7 @@ def decoder(order, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"L": 2}, {"forced": (True, False, True, True, True, False)}]
 )
-def test_a_small_decoder_as_it_is_captured_and_replayed(order, options):
+def test_a_decoder_as_it_is_captured_and_replayed(order, options):
     for graphs in decoder_cuda.GRAPHS.values():
         graphs.clear()
     for seed in range(3):
