@@ -169,6 +169,38 @@ def test_linear_cross_entropy_on_request():
     assert snapshot(model) == before
 
 
+class Pointer(torch.nn.Module):
+    """A model of somebody's that took no more than the attention from the reference."""
+
+    def __init__(self, attend):
+        super().__init__()
+        self.rnn = torch.nn.GRU(4, 6, batch_first=True)
+        self.attend = attend
+
+    def forward(self, x, keys, mask):
+        found = self.attend(self.rnn(x)[1][0], keys, mask)
+        return found[-1] if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "width"),
+    [(reference_attention, attention, 6), (reference_bahdanau, bahdanau, 12)],
+    ids=["attention", "bahdanau"],
+)
+def test_attention_inside_other_models(theirs, ours, width):
+    model = Pointer(theirs.Attention(6))
+    mask = torch.arange(7) < torch.tensor([[7], [3], [1]])
+    given, keys = X.transpose(0, 1), torch.randn(3, 7, width)
+    exact = copy.deepcopy(model).double()(given.double(), keys.double(), mask)
+    before = model(given, keys, mask)
+    report = fastseq.replace_modules(model, strict=True)
+    assert report.replaced == ["rnn", "attend"] and type(model.attend) is ours.Attention
+    assert_close_to_reference(model(given, keys, mask), exact, before)
+    assert fastseq.restore_modules(model) == ["rnn", "attend"]
+    only = fastseq.replace_modules(model, include=[theirs.Attention])
+    assert only.replaced == ["attend"] and type(model.rnn) is torch.nn.GRU
+
+
 def test_subclasses_that_compute_in_their_own_way_are_left():
     model = torch.nn.ModuleDict({"a": OwnForward(4, 6), "b": OwnCheck(4, 6)})
     model["c"] = torch.nn.LSTM(4, 6)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastseq import backends
 from fastseq.functional._checks import NO_ZONEOUT, Options, check
 from fastseq.ops import recurrent as _op
+from fastseq.ops.stack_states import stack_states
 from fastseq.reference import rnn as _reference
 
 __all__ = ["gru", "layer_norm_lstm", "lstm", "peephole_lstm", "rnn_relu", "rnn_tanh"]
@@ -303,7 +304,8 @@ def stack(cell, input, hx, params, options, *, kernel=True):
             finals.append(final)
             if dropout and train and layer + 1 < num_layers:
                 x = torch.nn.functional.dropout(x, dropout, training=True)
-        final = [torch.cat(states) for states in zip(*finals, strict=True)]
+        join = stack_states if torch.compiler.is_compiling() else torch.cat
+        final = [join(states) for states in zip(*finals, strict=True)]
     if rounded is not None:
         x, final = x.to(rounded), [state.to(rounded) for state in final]
     return x.transpose(0, 1) if by_row else x, *final

@@ -16,6 +16,7 @@ from torch.nn.utils import (
     vector_to_parameters,
 )
 from torch.nn.utils import rnn as rnn_utils
+from torch.utils.checkpoint import checkpoint
 
 from fastseq import nn
 from fastseq.testing import assert_close_to_reference
@@ -245,6 +246,21 @@ def test_averaged_models_follow():
     averaged = torch.optim.swa_utils.AveragedModel(module)
     averaged.update_parameters(module)
     assert torch.equal(averaged(X)[0], module(X)[0])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+def test_checkpointing_gives_the_same_bits(name, reentrant):
+    module = getattr(nn, name)(4, 6)
+    x = (X[0] if name in CELLS else X).clone().requires_grad_()
+    leaves, found = [x, *module.parameters()], []
+    for run in (module, lambda x: checkpoint(module, x, use_reentrant=reentrant)):
+        for leaf in leaves:
+            leaf.grad = None
+        y = first(run(x))
+        y.square().sum().backward()
+        found.append([y, *(leaf.grad for leaf in leaves)])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("name", LAYERS + CELLS)
