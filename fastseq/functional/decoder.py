@@ -303,9 +303,9 @@ def _check_input(op, input, B, arguments) -> int:
         raise ValueError(f"{op}: expected an embedding [V, E] beside tokens")
     T, V = input.shape[1], embedding.shape[0]
     if forced is not None:
-        if len(forced) not in (T, T + 1):
-            raise ValueError(f"{op}: expected forced of T = {T} entries or one more, got "
-                             f"{len(forced)}")  # fmt: skip
+        entries = forced.shape[0] if isinstance(forced, Tensor) else len(forced)
+        if entries not in (T, T + 1):
+            raise ValueError(f"{op}: expected forced of T = {T} entries or one more, got {entries}")
         if T and not isinstance(forced, Tensor) and not forced[0]:
             raise ValueError(f"{op}: expected the first entry of forced to be True")
         if arguments["output"] is None:
