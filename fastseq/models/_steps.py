@@ -47,7 +47,7 @@ def fed(t: int, trg: Tensor, forced: Forced | None, likeliest: Callable[[], Tens
     if t == 0 or forced is None:
         return token
     if isinstance(forced, Tensor):
-        return torch.where(forced[t], token, likeliest())
+        return torch.where(forced[t].to(token.device), token, likeliest())
     return token if forced[t] else likeliest()
 
 
