@@ -14,6 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseq import backends
+from fastseq.functional._attention_checks import (
+    PASSED,
+    check_lengths,
+    check_tensors,
+    check_where,
+    kind_of_call,
+    passed,
+)
 from fastseq.ops import attention as _op
 from fastseq.reference import scores as _reference
 
@@ -73,17 +81,21 @@ def additive_attention(
     and Kingma 2016, equation 2.
     """
     op = "additive_attention"
-    _check(
-        op,
-        ("query", query, _QUERY),
-        ("keys", keys, "B S K"),
-        ("values", values, "B S C"),
-        ("v", v, "K"),
-        ("bias", bias, "K"),
-        ("extra", extra, "B S K"),
-        ("g", g, None),
-    )
-    _check_where(op, query, keys, lengths, mask, scale)
+    kind = kind_of_call(op, (query, keys, values, v, bias, extra, g, lengths, mask, scale))
+    if kind is None or kind not in PASSED:
+        check_tensors(
+            op,
+            ("query", query, _QUERY),
+            ("keys", keys, "B S K"),
+            ("values", values, "B S C"),
+            ("v", v, "K"),
+            ("bias", bias, "K"),
+            ("extra", extra, "B S K"),
+            ("g", g, None),
+        )
+        check_where(op, query, keys, lengths, mask, scale)
+        passed(kind)
+    check_lengths(op, keys, lengths)
     query, keys, values, v, bias, g, extra = _autocast(query, keys, values, v, bias, g, extra)
     if bias is not None:
         query = query + bias
@@ -118,8 +130,13 @@ def dot_attention(
     Source: Luong, Pham and Manning 2015, equation 8 (dot).
     """
     op = "dot_attention"
-    _check(op, ("query", query, _QUERY), ("keys", keys, "B S K"), ("values", values, "B S C"))
-    _check_where(op, query, keys, lengths, mask, scale)
+    kind = kind_of_call(op, (query, keys, values, lengths, mask, scale))
+    if kind is None or kind not in PASSED:
+        tensors = ("query", query, _QUERY), ("keys", keys, "B S K"), ("values", values, "B S C")
+        check_tensors(op, *tensors)
+        check_where(op, query, keys, lengths, mask, scale)
+        passed(kind)
+    check_lengths(op, keys, lengths)
     query, keys, values = _autocast(query, keys, values)
     where = {"lengths": lengths, "mask": mask}
     if backends.attention_obstacle(op, query):
@@ -151,7 +168,7 @@ def general_attention(
     Source: Luong, Pham and Manning 2015, equation 8 (general).
     """
     op = "general_attention"
-    _check(
+    check_tensors(
         op,
         ("query", query, _QUERY.replace("K", "H")),
         ("keys", keys, "B S E"),
@@ -194,7 +211,7 @@ def concat_attention(
     Source: Luong, Pham and Manning 2015, equation 8 (concat).
     """
     op = "concat_attention"
-    _check(
+    check_tensors(
         op,
         ("query", query, _QUERY.replace("K", "H")),
         ("keys", keys, "B S E"),
@@ -250,7 +267,7 @@ def location_attention(
     op = "location_attention"
     if isinstance(previous, Tensor) and previous.dim() == 2:
         previous = previous.unsqueeze(1)
-    _check(
+    check_tensors(
         op,
         ("query", query, _QUERY),
         ("keys", keys, "B S K"),
@@ -274,131 +291,6 @@ def location_attention(
         mask=mask,
         scale=scale,
     )
-
-
-def _check(op: str, *arguments: tuple[str, Tensor | None, str | None]) -> None:
-    """Refuse arguments that are no tensors of one floating dtype, or do not fit each other.
-
-    Each is its name, itself and its layout: shape letters, None for a scalar. A letter stands for
-    the extent it has where it is first met.
-    """
-    first = arguments[0][1]
-    sizes: dict[str, int] = {}
-    mixed = isinstance(first, Tensor) and torch.is_autocast_enabled(first.device.type)
-    for name, tensor, layout in arguments:
-        if tensor is None and tensor is not first:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"fastseq.{op}: expected {name} to be a tensor, got {type(tensor).__name__}"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"fastseq.{op}: expected {name} of a floating dtype, got {tensor.dtype}"
-            )
-        if not mixed and tensor.dtype != first.dtype:
-            raise TypeError(
-                f"fastseq.{op}: expected {name} of the query's dtype {first.dtype}, "
-                f"got {tensor.dtype}; convert one with .to()"
-            )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"fastseq.{op}: expected {name} on the query's device {first.device}, "
-                f"got {tensor.device}"
-            )
-        if layout is None:
-            if tensor.numel() != 1:
-                raise ValueError(
-                    f"fastseq.{op}: expected {name} to be a scalar, got {list(tensor.shape)}"
-                )
-            continue
-        if layout[:3] == "B Q" and tensor.dim() == 2:
-            layout = layout.replace("Q ", "")
-        _check_shape(op, name, tensor, layout.split(), sizes)
-
-
-def _check_shape(
-    op: str, name: str, tensor: Tensor, letters: list[str], sizes: dict[str, int]
-) -> None:
-    shape = tensor.shape
-    # The usual case without the lists that a message is made of: they cost more than a small call.
-    if len(shape) == len(letters):
-        for letter, found in zip(letters, shape, strict=True):
-            if sizes.get(letter, found) != found or "+" in letter:
-                break
-        else:
-            sizes.update(zip(letters, shape, strict=True))
-            return
-
-    def extent(letter: str) -> int | None:
-        parts = [sizes.get(part) for part in letter.split("+")]
-        return None if None in parts else sum(parts)
-
-    wanted = [extent(letter) for letter in letters]
-    fits = len(shape) == len(letters) and all(
-        size is None or size == found for size, found in zip(wanted, shape, strict=True)
-    )
-    if not fits:
-        known = [
-            str(letter if size is None else size)
-            for letter, size in zip(letters, wanted, strict=True)
-        ]
-        equal = "" if known == letters else f" = [{', '.join(known)}]"
-        raise ValueError(
-            f"fastseq.{op}: expected {name} of shape [{', '.join(letters)}]{equal}, "
-            f"got {list(tensor.shape)}"
-        )
-    sizes.update(zip(letters, shape, strict=True))
-
-
-def _check_where(
-    op: str,
-    query: Tensor,
-    keys: Tensor,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-) -> None:
-    if isinstance(scale, Tensor):
-        raise TypeError(
-            f"fastseq.{op}: expected scale to be a number, got a tensor; multiply v or the query "
-            "by it, so that it has a gradient"
-        )
-    B, S = keys.shape[:2]
-    for name, tensor in (("mask", mask), ("lengths", lengths)):
-        if isinstance(tensor, Tensor) and tensor.device != keys.device:
-            raise ValueError(
-                f"fastseq.{op}: expected {name} on the keys' device {keys.device}, "
-                f"got {tensor.device}"
-            )
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(
-                f"fastseq.{op}: expected mask to be a bool tensor (True = attend), got {got}"
-            )
-        shapes = [("[B, S]", (B, S))]
-        if query.dim() == 3:
-            shapes.append(("[B, Q, S]", (B, query.shape[1], S)))
-        if tuple(mask.shape) not in [shape for _, shape in shapes]:
-            said = " or ".join(f"{letters} = {list(shape)}" for letters, shape in shapes)
-            raise ValueError(f"fastseq.{op}: expected mask of shape {said}, got {list(mask.shape)}")
-    if lengths is None:
-        return
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
-        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"fastseq.{op}: expected lengths to be an int64 tensor, got {got}")
-    if tuple(lengths.shape) != (B,):
-        raise ValueError(
-            f"fastseq.{op}: expected lengths of shape [B] = [{B}], got {list(lengths.shape)}"
-        )
-    # Elsewhere reading them would make the host wait; kernels clamp them.
-    if lengths.is_cpu and lengths.numel() and not torch.compiler.is_compiling():
-        least, most = (int(t) for t in lengths.aminmax())
-        if least < 0 or most > S:
-            raise ValueError(
-                f"fastseq.{op}: expected lengths between 0 and S = {S}, got {least} to {most}"
-            )
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
