@@ -8,7 +8,6 @@ import os
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 __all__ = [
     "BACKEND",
@@ -17,7 +16,6 @@ __all__ = [
     "attended",
     "blocks",
     "compiler_options",
-    "last_contiguous",
     "offset",
     "on",
     "power_of_two",
@@ -117,11 +115,6 @@ def compiler_options(config: dict[str, int], backend: str) -> dict[str, int]:
         config = {name: value for name, value in config.items() if name != "maxnreg"}
     # A product followed by a sum is rounded once: Triton's own default has changed.
     return config | {"enable_fp_fusion": True} if backend else config
-
-
-def last_contiguous(t: Tensor | None) -> Tensor | None:
-    """``t`` with its last dimension dense: the only stride that kernels take for granted."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
+from fastseq.kernels import attention as kernels
 from fastseq.ops import attention_plain
 from fastseq.reference import scores
 
@@ -25,9 +26,6 @@ __all__ = ["KERNELS", "additive_attention", "dot_attention", "plain_because"]
 def plain_because(query: Tensor, *rest: Tensor) -> str | None:
     """Why the operators run in plain PyTorch on tensors like these; None where a kernel does."""
     if query.is_cuda:
-        # Imported at the first call: triton is slow to import and may not be there.
-        from fastseq.kernels import attention as kernels
-
         return kernels.obstacle(query, *rest)
     return "meta tensors hold nothing to compute" if query.is_meta else _native.why_not_loaded()
 
@@ -40,8 +38,6 @@ def _gpu(name: str):
     first = 0 if name.endswith("fwd") else 2
 
     def call(*arguments):
-        from fastseq.kernels import attention as kernels
-
         query, keys, values = arguments[first : first + 3]
         run = plain if kernels.obstacle(query, keys, values) else kernels.kernel(name)
         return run(*arguments)

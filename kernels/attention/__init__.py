@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -27,12 +28,19 @@ def obstacle(*tensors: torch.Tensor) -> str | None:
         return reason
     if tensors[0].dtype not in _DTYPES:
         return f"no Triton kernel for {tensors[0].dtype}; float32, float16 and bfloat16 have one"
-    if not all(t.numel() for t in tensors):
-        return "nothing to compute"
+    for tensor in tensors:
+        if not tensor.numel():
+            return "nothing to compute"
     return None
 
 
 @functools.cache
 def kernel(stage: str) -> Callable:
-    """The implementation of a stage, with the operator's arguments."""
+    """The implementation of a stage, with the operator's arguments.
+
+    Raises:
+        RuntimeError: triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(f"fastseq.kernels.attention: {stage} needs triton; it is not installed")
     return getattr(importlib.import_module(f"{__name__}.{stage}"), stage)

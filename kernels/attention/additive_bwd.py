@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._lang import blocks, last_contiguous, offset, tanh, which_tanh
-from .._launch import Launch, described, planned
-from .launch import options, scores_gradient, split, values_gradient
+from .._lang import blocks, offset, tanh, which_tanh
+from .._launch import Launch, run_planned
+from .launch import densely, options, scores_gradient, split, values_gradient
 
 __all__ = ["additive_bwd", "additive_bwd_kernel"]
 
@@ -127,14 +127,12 @@ def additive_bwd(
         return query.new_empty(0), query.new_empty(0), d_values, query.new_empty(0)
     d_scores = scores_gradient(d_context, d_weights, values, weights, lengths, scale, torch.float32)
     inputs = (query, keys, v, extra, lengths)
-    key = ("additive_bwd", which_tanh(), described(inputs))
-    d_query, d_keys, d_v = planned(key, lambda: _plan(inputs))(inputs, d_scores)
+    d_query, d_keys, d_v = run_planned("additive_bwd", _PLAN, inputs, d_scores)
     return d_query.to(query.dtype), d_keys, d_values, d_v.to(v.dtype)
 
 
 def _plan(inputs: tuple) -> Callable:
-    copied = any(t is not None and t.stride(-1) != 1 for t in inputs)
-    query, keys, _, extra, _ = map(last_contiguous, inputs)
+    query, keys, _, extra, _ = inputs
     B, Q, K = query.shape
     S = keys.shape[1]
     config = options("additive_bwd", query, K=K)
@@ -150,14 +148,15 @@ def _plan(inputs: tuple) -> Callable:
         **config,
     )
 
-    def run(inputs: tuple, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if copied:
-            inputs = tuple(map(last_contiguous, inputs))
+    def run(inputs: tuple, where: list, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         new = inputs[0].new_empty
         d_query = new((parts, B, Q, K), dtype=torch.float32)
         d_v = new((parts * B, K), dtype=torch.float32)
-        d_keys = new((B, S, K))
-        gradient((*inputs, d_scores, d_query, d_keys, d_v))
+        d_keys = new(B, S, K)
+        gradient(inputs, where, (d_scores, d_query, d_keys, d_v))
         return d_query[0] if parts == 1 else d_query.sum(0), d_keys, d_v.sum(0)
 
     return run
+
+
+_PLAN = densely(_plan)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._lang import attended, offset, tanh
-from .launch import forward
+from .._launch import run_planned
+from .launch import densely, plan_forward
 from .softmax import attend
 
 __all__ = ["additive_fwd", "additive_fwd_kernel"]
@@ -143,5 +146,8 @@ def additive_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The operator ``fastseq::additive_attention_fwd``; shapes are the operator's."""
-    tensors = (query, keys, values, v, extra)
-    return forward("additive_fwd", additive_fwd_kernel, tensors, mask, lengths, scale)
+    inputs = (query, keys, values, v, extra, mask, lengths)
+    return run_planned("additive_fwd", _PLAN, inputs, scale)
+
+
+_PLAN = densely(functools.partial(plan_forward, "additive_fwd", additive_fwd_kernel))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._lang import attended, offset
-from .launch import forward
+from .._launch import run_planned
+from .launch import densely, plan_forward
 from .softmax import attend, product
 
 __all__ = ["dot_fwd", "dot_fwd_kernel"]
@@ -125,4 +128,7 @@ def dot_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The operator ``fastseq::dot_attention_fwd``; shapes are the operator's."""
-    return forward("dot_fwd", dot_fwd_kernel, (query, keys, values), mask, lengths, scale)
+    return run_planned("dot_fwd", _PLAN, (query, keys, values, mask, lengths), scale)
+
+
+_PLAN = densely(functools.partial(plan_forward, "dot_fwd", dot_fwd_kernel))

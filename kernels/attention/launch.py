@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,17 +14,16 @@ from .._lang import (
     BACKEND,
     blocks,
     compiler_options,
-    last_contiguous,
     power_of_two,
     precision,
     upcast,
     which_tanh,
 )
-from .._launch import Launch, described, planned
+from .._launch import Launch, addresses, run_planned
 from .softmax import merge_kernel, scores_bwd_kernel
 from .tuned import tiles
 
-__all__ = ["forward", "options", "scores_gradient", "split", "values_gradient"]
+__all__ = ["densely", "options", "plan_forward", "scores_gradient", "split", "values_gradient"]
 
 # Programs that keep a multiprocessor busy, by warps of one.
 _WARPS_A_PROCESSOR = 16
@@ -82,26 +82,44 @@ def split(
     return blocks(S, span), span
 
 
-def forward(
-    stage: str,
-    kernel,
-    tensors: Sequence[Tensor | None],
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Context [B, Q, C] and weights [B, Q, S] by a forward kernel, in one launch or two.
+def densely(plan: Callable[[tuple], Callable], whole: Sequence[int] = ()) -> Callable:
+    """``plan`` for inputs whose last dimension, or all (those counted in ``whole``), is dense.
 
-    tensors: query, keys, values and, for the additive score, v and extra.
+    Others are copied first: the only stride that kernels take for granted is the last.
     """
-    inputs = (*tensors, mask, lengths)
-    key = (stage, torch.get_float32_matmul_precision(), described(inputs))
-    return planned(key, lambda: _plan_forward(stage, kernel, inputs))(inputs, scale)
+
+    def dense(inputs: tuple) -> tuple:
+        return tuple(
+            [
+                t.contiguous() if t is not None and (i in whole or t.stride(-1) != 1) else t
+                for i, t in enumerate(inputs)
+            ]
+        )
+
+    def planned(inputs: tuple) -> Callable:
+        ready = dense(inputs)
+        run = plan(ready)
+        if all(map(operator.is_, ready, inputs)):
+            return run
+
+        def copying(inputs: tuple, _: Sequence[int | None], *rest: object):
+            ready = dense(inputs)
+            return run(ready, addresses(ready), *rest)
+
+        return copying
+
+    return planned
 
 
-def _plan_forward(stage: str, kernel, inputs: tuple) -> Callable:
-    copied = any(t is not None and t.stride(-1) != 1 for t in inputs)
-    query, keys, values, *more, mask, _ = map(last_contiguous, inputs)
+def plan_forward(stage: str, kernel, inputs: tuple) -> Callable:
+    """The plan of a forward kernel, in one launch or two.
+
+    inputs: query, keys, values; for the additive score v and extra; mask and lengths.
+
+    Returns:
+        ``run(inputs, where, scale)``, which returns context [B, Q, C] and weights [B, Q, S].
+    """
+    query, keys, values, *more, mask, _ = inputs
     B, Q, K = query.shape
     S, C = values.shape[1:]
     device = query.device
@@ -130,23 +148,18 @@ def _plan_forward(stage: str, kernel, inputs: tuple) -> Callable:
         merge = Launch(merge_kernel, device, B * Q, (B, Q, S, C, parts), LANES=lanes, **config)
     exact = query.dtype == torch.float32
 
-    def run(inputs: tuple, scale: float) -> tuple[Tensor, Tensor]:
-        if copied:
-            inputs = tuple(map(last_contiguous, inputs))
-        *tensors, mask, lengths = inputs
-        new = tensors[0].new_empty
-        context, weights = new((B, Q, C)), new((B, Q, S))
+    def run(inputs: tuple, where: list, scale: float) -> tuple[Tensor, Tensor]:
+        new = inputs[0].new_empty
+        context, weights = new(B, Q, C), new(B, Q, S)
         # Where the weights are float32 the scores lie in their place until they are replaced.
         scores = weights if exact else new((B, Q, S), dtype=torch.float32)
-        if mask is not None:
-            mask = mask.view(torch.uint8)
-        if parts == 1:
-            score((*tensors, mask, lengths, scores, weights, context, None, None), scale)
+        if merge is None:
+            score(inputs, where, (scores, weights, context, None, None), scale)
             return context, weights
         partial = new((parts, B, Q, C), dtype=torch.float32)
         peaks = new((2, B, Q, parts), dtype=torch.float32)
-        score((*tensors, mask, lengths, scores, weights, context, partial, peaks), scale)
-        merge((scores, lengths, weights, context, partial, peaks))
+        score(inputs, where, (scores, weights, context, partial, peaks), scale)
+        merge((), (), (scores, inputs[-1], weights, context, partial, peaks))
         return context, weights
 
     return run
@@ -161,20 +174,15 @@ def scores_gradient(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient of the scores before ``scale``, [B, Q, S] in ``dtype``."""
-    inputs = (d_context, d_weights, weights, values, lengths)
-    key = ("scores_bwd", dtype, torch.get_float32_matmul_precision(), described(inputs))
-    return planned(key, lambda: _plan_scores_gradient(inputs, dtype))(inputs, scale)
+    """The gradient of the scores before ``scale``, [B, Q, S], in ``dtype``."""
+    inputs = (d_context, d_weights, values, weights, lengths)
+    if dtype == torch.float32:
+        return run_planned("scores_bwd, float32", _PLAN_EXACT_GRADIENT, inputs, scale)
+    return run_planned("scores_bwd", _PLAN_GRADIENT, inputs, scale)
 
 
-def _plan_scores_gradient(inputs: tuple, dtype: torch.dtype) -> Callable:
-    def dense(d_context, d_weights, weights, values, lengths):
-        whole = [None if t is None else t.contiguous() for t in (d_context, d_weights, weights)]
-        return (*whole, last_contiguous(values), last_contiguous(lengths))
-
-    ready = dense(*inputs)
-    copied = any(t is not given for t, given in zip(ready, inputs, strict=True))
-    _, _, weights, values, _ = ready
+def _plan_gradient(exact: bool, inputs: tuple) -> Callable:
+    _, _, values, weights, _ = inputs
     B, Q, S = weights.shape
     C = values.shape[2]
     config = options("scores_bwd", weights, C=C)
@@ -189,16 +197,20 @@ def _plan_scores_gradient(inputs: tuple, dtype: torch.dtype) -> Callable:
         **config,
     )
 
-    def run(inputs: tuple, scale: float) -> Tensor:
-        d_context, d_weights, weights, values, lengths = dense(*inputs) if copied else inputs
-        d_scores = weights.new_empty((B, Q, S), dtype=dtype)
+    def run(inputs: tuple, where: list, scale: float) -> Tensor:
+        new = inputs[3].new_empty
         # d_p, float32, gives way to the gradient of the scores.
-        exact = dtype == torch.float32
-        d_p = d_scores if exact else weights.new_empty((B, Q, S), dtype=torch.float32)
-        gradient((d_context, d_weights, values, weights, lengths, d_p, d_scores), scale)
+        d_p = new((B, Q, S), dtype=torch.float32)
+        d_scores = d_p if exact else new(B, Q, S)
+        gradient(inputs, where, (d_p, d_scores), scale)
         return d_scores
 
     return run
+
+
+_PLAN_GRADIENT, _PLAN_EXACT_GRADIENT = (
+    densely(functools.partial(_plan_gradient, exact), whole=(0, 1, 3)) for exact in (False, True)
+)
 
 
 def values_gradient(
