@@ -20,7 +20,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from ._lang import PRECISION, compiler_options
 from .attention.additive_bwd import additive_bwd_kernel
@@ -29,7 +29,7 @@ from .attention.dot_fwd import dot_fwd_kernel
 from .attention.softmax import merge_kernel, scores_bwd_kernel
 from .attention.tuned import tiles
 
-__all__ = ["BUDGETS", "TARGETS", "Resources", "Variant", "compile_variant", "variants"]
+__all__ = ["BUDGETS", "TARGETS", "Resources", "Variant", "compile_variant", "compiled", "variants"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -195,8 +195,8 @@ def _source(variant: Variant, backend: str) -> tuple[ASTSource, dict[str, int]]:
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def compile_variant(variant: Variant, target: str) -> Resources:
-    """Compile for a target of ``TARGETS`` and read what the result takes.
+def compiled(variant: Variant, target: str) -> CompiledKernel:
+    """``variant`` for a target of ``TARGETS``.
 
     Raises:
         RuntimeError: it does not compile.
@@ -205,14 +205,19 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     source, options = _source(variant, backend)
     try:
         options = compiler_options(options, backend)
-        compiled = triton.compile(source, target=TARGETS[target], options=options)
+        return triton.compile(source, target=TARGETS[target], options=options)
     except Exception as error:
         raise RuntimeError(f"fastseq.kernels.aot: {variant} for {target}: {error}") from error
-    if "amdgcn" in compiled.asm:
-        registers, spills = _amd_usage(compiled.asm["amdgcn"])
+
+
+def compile_variant(variant: Variant, target: str) -> Resources:
+    """What :func:`compiled` of a variant takes."""
+    kernel = compiled(variant, target)
+    if "amdgcn" in kernel.asm:
+        registers, spills = _amd_usage(kernel.asm["amdgcn"])
     else:
-        registers, spills = _nvidia_usage(compiled.asm["cubin"])
-    return Resources(compiled.metadata.shared, registers, spills)
+        registers, spills = _nvidia_usage(kernel.asm["cubin"])
+    return Resources(kernel.metadata.shared, registers, spills)
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from fastseq.kernels import _lang, _launch, attention
 from fastseq.kernels.attention import launch
 
@@ -39,6 +41,7 @@ from fastseq import functional  # noqa: E402
 from fastseq.reference import scores  # noqa: E402
 from fastseq.testing import assert_matches, run_with_grads, with_layout  # noqa: E402
 from fastseq.testing_attention import SCORES, attention_case  # noqa: E402
+from tests.kernels.ordered_accesses import Accesses  # noqa: E402
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -66,6 +69,10 @@ def check(case):
         names=case.names,
         what=str(case),
     )
+
+
+# Where parts make no difference.
+ONCE = pytest.mark.parametrize("processors", [pytest.param(64, id="parts")], indirect=True)
 
 
 # Each extent on both sides of its block, and of several blocks; C, K and Q beyond one tile.
@@ -151,6 +158,24 @@ def test_large_scores_and_nan(score):
         assert tensor[1].isnan().all() and tensor[0::2].isfinite().all()
 
 
+@ONCE
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("name", ["query", "keys", "values", "extra", "mask"])
+def test_offsets_beyond_31_bits(name, dim):
+    """Strides fit 32 bits and their multiples do not; what lies between is never touched."""
+    case = attention_case("additive", 3, 3, 3, 8, 5, extra=True, mask="query", dtype=torch.float16)
+    near = run_with_grads(case.functional(functional), case.inputs, case.cotangents)
+    tensors = case.where if name == "mask" else case.inputs
+    strides = list(tensors[name].stride())
+    strides[dim] = 2**30
+    memory = torch.empty(2**31 + 2**20, dtype=tensors[name].dtype)
+    far = memory.as_strided(tensors[name].shape, strides)
+    tensors[name] = far.copy_(tensors[name])
+    found = run_with_grads(case.functional(functional), case.inputs, case.cotangents)
+    for what, expected in near.items():
+        assert torch.equal(found[what], expected), what
+
+
 def test_lengths_beyond_the_source_read_nothing_beyond_it(processors):
     """Lengths on a GPU are not checked; the kernels clamp them."""
     case = attention_case("additive", 3, 4, 40, 8)
@@ -171,3 +196,52 @@ def test_tanh_at_its_edges(near):
     case.inputs.update(query=torch.zeros(1, 1, 1), keys=x.view(1, -1, 1), v=torch.ones(1))
     case.inputs["values"] = torch.arange(len(x), dtype=torch.float32).view(1, -1, 1)
     check(case)
+
+
+@triton.jit
+def _tanh_kernel(x, y, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(y + i, _lang.tanh(tl.load(x + i), "exact"))
+
+
+@ONCE
+def test_the_error_of_tanh_is_as_documented():
+    """kernels/README.md: at most 3.7 units of 2^-24, with an exp2 that is rounded correctly."""
+    x = torch.cat([torch.linspace(-12, 12, 3 << 13), torch.linspace(-0.5, 0.5, 1 << 13)])
+    y = torch.empty_like(x)
+    _tanh_kernel[len(x) // 1024,](x, y, 1024)
+    exact = x.double().tanh()
+    error = (y.double() - exact).abs() / torch.clamp(exact.abs(), min=2.0**-126) * 2**24
+    CALLS.append("tanh")
+    assert 1 < error.max() < 4.5, error.max()
+
+
+RACED = [(2, 3, 40, 35, 33), (2, None, 40, 35, 33), (1, 17, 70, 33, 5)]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_nothing_depends_on_which_thread_comes_first(score, dtype):
+    for size in RACED:
+        where = {"lengths": True, "mask": "query" if size[1] else "source"}
+        case = attention_case(score, *size, extra=True, dtype=DTYPES[dtype], **where)
+        with Accesses() as accesses:
+            run_with_grads(case.functional(functional), case.inputs, case.cotangents)
+        assert not accesses.conflicts, f"{case}: {accesses.conflicts[:3]}"
+        assert accesses.launches >= 2
+
+
+def test_a_missing_barrier_is_seen(processors):
+    """Each of those of each kernel."""
+    for score in ("additive", "dot"):
+        case = attention_case(score, 1, 3, 70, 35, 33)
+        leaves = [t.clone().requires_grad_() for t in case.inputs.values()]
+        for without in range(1 if processors else 2):
+            with Accesses(without) as forward:
+                outputs = case.functional(functional)(*leaves)
+            assert 0 in {launch for launch, _ in forward.conflicts}, (score, without)
+        with Accesses(without=0) as backward:
+            torch.autograd.grad(outputs, leaves, case.cotangents)
+        # One that walks over a source in parts of a block each has nothing to wait for.
+        expected = {0} if score == "dot" or processors else {0, 1}
+        assert {launch for launch, _ in backward.conflicts} == expected, score

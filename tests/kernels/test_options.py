@@ -1,0 +1,91 @@
+"""How kernels are compiled: by backend and precision switch; and what is said without triton."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import importlib.util, torch
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import fastseq.kernels
+from fastseq import functional
+from fastseq.kernels import attention
+tensors = torch.randn(2, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 5)
+functional.additive_attention(*tensors, torch.randn(4))
+functional.dot_attention(*tensors)
+assert fastseq.kernels.why_not_available() == "triton is not installed"
+assert attention.obstacle(*tensors) == "triton is not installed"
+try:
+    attention.kernel("additive_fwd")
+except RuntimeError as error:
+    assert "additive_fwd needs triton; it is not installed" in str(error)
+else:
+    raise AssertionError("no error")
+"""
+
+
+def test_without_triton_everything_imports_and_says_so():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def lang():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from fastseq.kernels import _lang
+
+    before = torch.get_float32_matmul_precision()
+    yield _lang
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    "backend,switch,precision,tanh",
+    [
+        ("cuda", "highest", "ieee", "rcp"),
+        ("cuda", "high", "tf32x3", "rcp"),
+        ("cuda", "medium", "tf32", "fast"),
+        ("hip", "highest", "ieee", "exact"),
+        ("hip", "high", "bf16x3", "exact"),
+        ("hip", "medium", "tf32", "exact"),
+        ("", "medium", "ieee", "exact"),
+    ],
+)
+def test_the_user_s_switch_and_the_backend_choose(
+    lang, monkeypatch, backend, switch, precision, tanh
+):
+    monkeypatch.setattr(lang, "BACKEND", backend)
+    torch.set_float32_matmul_precision(switch)
+    assert lang.precision() == precision and lang.which_tanh() == tanh
+    options = lang.compiler_options({"num_warps": 4, "maxnreg": 96}, backend)
+    assert ("maxnreg" in options) == (backend == "cuda")
+    assert options.get("enable_fp_fusion", False) == bool(backend)
+
+
+@pytest.mark.parametrize("precision,tanh", [("highest", "rcp"), ("medium", "fast")])
+def test_less_exact_instructions_only_where_asked_for(lang, precision, tanh):
+    from fastseq.kernels import aot
+
+    medium = precision == "medium"
+    dot = aot.Variant("dot_fwd", "f32", precision=precision, absent=("partial", "peaks"))
+    assert ("tf32" in aot.compiled(dot, "sm_90").asm["ptx"]) == medium
+    additive = aot.Variant("additive_bwd", "f32", tanh=tanh)
+    assert ("tanh.approx" in aot.compiled(additive, "sm_90").asm["ptx"]) == medium
+
+
+@pytest.mark.parametrize("stage", ["additive_fwd", "additive_bwd", "dot_fwd", "scores_bwd"])
+@pytest.mark.parametrize("Q", [1, 40])
+def test_tiles_depend_on_neither_batch_nor_source(lang, stage, Q):
+    from fastseq.kernels.attention.launch import options
+
+    width = {"C": 64} if stage == "scores_bwd" else {"K": 64}
+    found = [options(stage, torch.empty(B, Q, 64), **width) for B in (1, 7, 64)]
+    assert found[0] == found[1] == found[2]
+    assert set(options.__kwdefaults__) == {"K", "C"}
