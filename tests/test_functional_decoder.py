@@ -98,6 +98,34 @@ def test_likeliest_tokens_are_fed_back(cell, order, forced):
     assert not torch.equal(fed[:, :4], case.options["tokens"]) or all(forced)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("forced", FORCED, ids=lambda f: "".join("ny"[c] for c in f))
+def test_an_output_layer_that_reads_the_input_too_and_dropout(order, forced, dtype):
+    case = decoder_case(forced=forced, masked=True, dtype=torch.float64, **ORDERS[order])
+    weight, bias = case.options["output"]
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=DTYPES[dtype])
+
+    wide = normal(7, weight.shape[1] + 3)
+    case = case.to(DTYPES[dtype])
+    plain = case.run(functional).tokens
+    for options in (
+        {"output": (wide, bias)},
+        {"input_factor": 2 * normal(3, 4, 3)},
+        {"output_factor": normal(3, 4, weight.shape[1])},
+        {"output": (wide, bias), "input_factor": normal(3, 4, 3)}
+        | {"output_factor": normal(3, 4, wide.shape[1])},
+    ):
+        case.options.update({"input_factor": None, "output_factor": None}, **options)
+        check(case)
+        fed = case.run(functional).tokens
+        assert torch.equal(fed, case.run(reference)[3])
+        assert not torch.equal(fed, plain) or all(forced)
+
+
 @pytest.mark.parametrize("V", [1, 5, 6, 7, 47, 1000])
 @pytest.mark.parametrize("B", [1, 4, 9])
 def test_likeliest_token_of_any_vocabulary(V, B):
@@ -258,6 +286,8 @@ BAD = {
     ),
     "forced without tokens": (dict(forced=[True] * 4), ValueError, "tokens"),
     "end token with gradients": (dict(end_token=1), ValueError, "end_token"),
+    "input factor without tokens": (dict(input_factor=torch.ones(3, 4, 3)), ValueError, "tokens"),
+    "output factor alone": (dict(output_factor=torch.ones(3, 4, 10)), ValueError, "output beside"),
     "keys are no tensor": (dict(keys=None), TypeError, "keys"),
 }
 
@@ -319,7 +349,7 @@ class TestOp:
             torch.tensor(case.options["forced"]), i["h0"], i["c0"], i["keys"], i["values"], None,
             weights, True, i["query_weight"], i["v"], i.get("combine_weight"),
             i.get("combine_bias"), i.get("feed"), case.options["input_feeding"], True, 0.7,
-            *(t.float() for t in case.options["output"]), -1, True,
+            *(t.float() for t in case.options["output"]), None, None, -1, True,
         )  # fmt: skip
         torch.library.opcheck(op.attention_decoder_fwd, arguments)
 

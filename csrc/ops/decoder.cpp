@@ -211,8 +211,8 @@ Tensors attention_decoder_fwd(int64_t cell, OptionalTensor x, OptionalTensor tok
                               Tensors weights, bool has_biases, OptionalTensor w_q,
                               OptionalTensor v, OptionalTensor w_c, OptionalTensor b_c,
                               OptionalTensor feed0, bool feeds, bool residual, double scale,
-                              OptionalTensor w_out, OptionalTensor b_out, int64_t end_token,
-                              bool save) {
+                              OptionalTensor w_out, OptionalTensor b_out, OptionalTensor x_factor,
+                              OptionalTensor read_factor, int64_t end_token, bool save) {
   const char* op = "attention_decoder_fwd";
   require(x.has_value() != tokens.has_value(), "fastseq.", op,
           ": expected either inputs x or tokens and their table");
@@ -240,6 +240,12 @@ Tensors attention_decoder_fwd(int64_t cell, OptionalTensor x, OptionalTensor tok
     contiguous(table);
     contiguous(tokens);
   }
+  if (x_factor) {
+    require(tokens.has_value(), "fastseq.", op, ": expected tokens beside x_factor");
+    check_tensor(op, "x_factor", *x_factor, c.h0, {s.B, T, s.E});
+    x_factor = with_contiguous_rows(*x_factor);
+  }
+  bool reads_x = false;
   if (forced) {
     check_bool_or_int(op, "forced", *forced, ScalarType::Bool, "bool", 1);
     require(tokens && w_out, "fastseq.", op, ": expected tokens and w_out beside forced");
@@ -249,7 +255,14 @@ Tensors attention_decoder_fwd(int64_t cell, OptionalTensor x, OptionalTensor tok
     used_row = forced->size(0);
     require(T == 0 || read<bool>(*forced)[0], "fastseq.", op,
             ": expected the first token to be given");
-    check_tensor(op, "w_out", *w_out, c.h0, {s.V, s.features()});
+    check_dims(op, "w_out", *w_out, 2);
+    reads_x = s.E > 0 && w_out->size(1) == s.features() + s.E;
+    const int64_t read = s.features() + (reads_x ? s.E : 0);
+    check_tensor(op, "w_out", *w_out, c.h0, {s.V, read});
+    if (read_factor) {
+      check_tensor(op, "read_factor", *read_factor, c.h0, {s.B, T, read});
+      read_factor = with_contiguous_rows(*read_factor);
+    }
     if (b_out) check_tensor(op, "b_out", *b_out, c.h0, {s.V});
     contiguous(w_out);
     contiguous(b_out);
@@ -287,6 +300,9 @@ Tensors attention_decoder_fwd(int64_t cell, OptionalTensor x, OptionalTensor tok
     a.feed0 = read<F>(feed0);
     a.w_out = read<F>(w_out);
     a.b_out = read<F>(b_out);
+    a.reads_x = reads_x;
+    if (x_factor) a.x_factor = step_rows<F>(*x_factor);
+    if (read_factor && forced) a.read_factor = step_rows<F>(*read_factor);
     a.end_token = end_token < 0 ? -1 : end_token;
     a.save = save;
     lay_out(c, save, write<F>(saved), a.saved);
@@ -399,8 +415,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseq, m) {
       "attention_decoder_fwd(int cell, Tensor? x, Tensor? tokens, Tensor? table, Tensor? forced, "
       "Tensor h0, Tensor? c0, Tensor keys, Tensor values, Tensor? mask, Tensor[] weights, "
       "bool has_biases, Tensor? w_q, Tensor? v, Tensor? w_c, Tensor? b_c, Tensor? feed0, "
-      "bool feeds, bool residual, float scale, Tensor? w_out, Tensor? b_out, int end_token, "
-      "bool save) -> Tensor[]");
+      "bool feeds, bool residual, float scale, Tensor? w_out, Tensor? b_out, Tensor? x_factor, "
+      "Tensor? read_factor, int end_token, bool save) -> Tensor[]");
   m.def(
       "attention_decoder_bwd(int cell, Tensor? dfeatures, Tensor? dweights, Tensor? dh_n, "
       "Tensor? dc_n, Tensor features, Tensor attended, Tensor saved, Tensor h0, Tensor? c0, "

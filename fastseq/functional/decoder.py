@@ -59,6 +59,8 @@ def attention_decoder(
     embedding: Tensor | None = None,
     forced: Sequence[bool] | Tensor | None = None,
     output: tuple[Tensor, Tensor | None] | None = None,
+    input_factor: Tensor | None = None,
+    output_factor: Tensor | None = None,
     end_token: int | None = None,
 ) -> Decoded:
     """Run a recurrent decoder with attention over a whole target.
@@ -94,7 +96,10 @@ def attention_decoder(
             entries, the last False, the token after the last step is found too. (A compiled graph
             takes a bool tensor as it is, without a look at it.)
         output: (weight [V, F], bias [V] or None), to find likeliest tokens by; no gradient comes of
-            it. The first of equals wins.
+            it. The first of equals wins. With a weight [V, F+E] it reads [features | x].
+        input_factor: what the tokens' rows x of ``embedding`` are multiplied by, [B, T, E], and
+        output_factor: what ``output`` reads is, [B, T, F] or [B, T, F+E]: the factors of a dropout,
+            which get no gradient. None: 1.
         end_token: a sequence for which this token was found likeliest stops there: features and
             weights are zero from then on, tokens ``end_token``, states those before. Without
             gradients only. None: none stops.
@@ -117,6 +122,7 @@ def attention_decoder(
         input, keys, values, embedding = map(lower, (input, keys, values, embedding))
         query_weight, v, feed = map(lower, (query_weight, v, feed))
         hx, params = tuple(map(lower, hx)), list(map(lower, params))
+        input_factor, output_factor = lower(input_factor), lower(output_factor)
         combine, output = (
             None if pair is None else tuple(map(lower, pair)) for pair in (combine, output)
         )
@@ -126,6 +132,7 @@ def attention_decoder(
         "cell": cell, "has_biases": has_biases, "query_weight": query_weight, "v": v,
         "combine": combine, "input_feeding": input_feeding, "feed": feed, "residual": residual,
         "scale": scale, "embedding": embedding, "forced": forced, "output": output,
+        "input_factor": input_factor, "output_factor": output_factor,
     }  # fmt: skip
     _check(input, hx, keys, values, params, arguments, lengths, mask, end_token)
     if lengths is not None:
@@ -151,7 +158,8 @@ def attention_decoder(
     settings = _op.Settings(
         _op.DECODER_CELLS[cell].number, tokens,
         torch.tensor([bool(f) for f in forced]) if known and forced else forced, mask, has_biases,
-        input_feeding, residual, float(scale), wide(_detached(w_out)), wide(_detached(b_out)),
+        input_feeding, residual, float(scale),
+        *(wide(_detached(t)) for t in (w_out, b_out, input_factor, output_factor)),
         -1 if end_token is None else end_token,
     )  # fmt: skip
     w_c, b_c = (None, None) if combine is None else combine
@@ -252,8 +260,17 @@ def _check(input, hx, keys, values, params, arguments, lengths, mask, end_token)
                 f"{op}: expected output of the embedding's {arguments['embedding'].shape[0]} "
                 f"tokens, got {V}"
             )
+        if arguments["embedding"] is not None and arguments["output"][0].shape[1:] == (F + E,):
+            F += E
         expected["output[0]"] = (arguments["output"][0], (V, F))
         expected["output[1]"] = (arguments["output"][1], (V,))
+    elif arguments["output_factor"] is not None:
+        raise ValueError(f"{op}: expected output beside output_factor, got None")
+    if arguments["input_factor"] is not None and input.is_floating_point():
+        raise ValueError(f"{op}: expected tokens as input beside input_factor, got {input.dtype}")
+    T = input.shape[1]
+    expected["input_factor"] = (arguments["input_factor"], (B, T, E))
+    expected["output_factor"] = (arguments["output_factor"], (B, T, F))
     _check_tensors(op, values, expected)
     _check_where(op, B, S, lengths, mask)
     if end_token is not None and (arguments["forced"] is None or torch.is_grad_enabled()):

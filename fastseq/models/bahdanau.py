@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseq import nn
-from fastseq.functional import additive_attention, attention_decoder
+from fastseq import backends, nn
+from fastseq.functional import additive_attention
+from fastseq.functional.decoder import Decoded, attention_decoder
 from fastseq.models._steps import (
     Forced,
     after_start,
@@ -31,6 +32,7 @@ from fastseq.models._steps import (
     embed,
     fed,
     in_halves,
+    is_lookup,
     is_one_layer,
 )
 from fastseq.models.attention import _unless_full, beams
@@ -225,11 +227,20 @@ class Decoder(nn.Module):
         if not tokens.shape[1]:
             return self.fc.weight.new_empty(trg.shape[0], 0, self.fc.in_features)
         attend = self._attend_to(encoder_outputs, mask)
-        if forced is None:
-            emb = embed(self.embedding, tokens, "models.bahdanau.Decoder")
-            kept_emb, kept = self._factors(*emb.shape[:2])
-            emb = emb if kept_emb is None else emb * kept_emb
-            features = torch.cat((*self._steps(emb, hidden, attend), emb), dim=2)
+        if forced is None or self.picks_in_one_call():
+            kept_emb, kept = self._factors(*tokens.shape)
+            if forced is None:
+                emb = embed(self.embedding, tokens, "models.bahdanau.Decoder")
+                emb = emb if kept_emb is None else emb * kept_emb
+                parts = self._steps(emb, hidden, attend)
+            else:
+                decoded = self._loop(
+                    tokens, hidden, attend, forced, input_factor=kept_emb, output_factor=kept
+                )
+                emb = self.embedding(decoded.tokens)
+                emb = emb if kept_emb is None else emb * kept_emb
+                parts = (decoded.features,)
+            features = torch.cat((*parts, emb), dim=2)
             return features if kept is None else features * kept
         found: list[Tensor] = []
         for t in range(tokens.shape[1]):
@@ -239,22 +250,80 @@ class Decoder(nn.Module):
             found.append(features)
         return torch.cat(found, dim=1)
 
+    def generate(
+        self,
+        start: Tensor,
+        max_length: int,
+        hidden: Tensor,
+        encoder_outputs: Tensor,
+        mask: Tensor | None = None,
+        end_token: int | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Greedy decoding in one call, without gradients; None where the loop is not one.
+
+        Args:
+            start: the first token of each row, [B], int64.
+            max_length: how many tokens to write, at least 1.
+            hidden: the encoder's state, [1, B, H].
+            encoder_outputs: [B, S, 2H].
+            mask: [B, S], bool, True = attend; None: all.
+            end_token: ends a row; it then repeats to the end. None: none ends.
+
+        Returns:
+            tokens [B, max_length] and attention weights [B, max_length, S], zero past a row's end.
+        """
+        drops = self.training and (self.dropout.p or self.output_dropout.p)
+        obstacle = backends.recurrent_obstacle("gru", encoder_outputs, (hidden,))
+        if drops or obstacle is not None or not self.picks_in_one_call():
+            return None
+        attend = self._attend_to(encoder_outputs, mask)
+        tokens = start.unsqueeze(1).expand(-1, max_length).contiguous()
+        given = (True, *[False] * max_length)
+        decoded = self._loop(tokens, hidden, attend, given, end_token=end_token)
+        return decoded.tokens[:, 1:], decoded.weights
+
+    def picks_in_one_call(self) -> bool:
+        """Whether the parts are what :class:`Decoder` made them, so that a loop that chooses its
+        own tokens is one call."""
+        return (
+            self._scores_in_one_call()
+            and is_one_layer(self.gru, nn.GRU)
+            and is_lookup(self.embedding)
+            and all(computes_as(each, nn.Dropout) for each in (self.dropout, self.output_dropout))
+            and computes_as(self.fc, nn.Linear)
+        )
+
+    def _scores_in_one_call(self) -> bool:
+        attention = self.attention
+        return computes_as(attention, Attention) and all(
+            computes_as(layer, nn.Linear) for layer in (attention.attn, attention.v)
+        )
+
+    def _loop(
+        self, input: Tensor, hidden: Tensor, attend: _Source, given: Forced | None, **more
+    ) -> Decoded:
+        """All steps: of embeddings [B, N, E], or of tokens [B, N] where those ``given`` are fed."""
+        if given is not None:
+            output = self.fc.weight, self.fc.bias
+            more |= {"embedding": self.embedding.weight, "forced": given, "output": output}
+        return attention_decoder(
+            input,
+            (hidden,),
+            attend.projected,
+            attend.keys,
+            self.gru.all_weights[0],
+            cell="gru",
+            query_weight=attend.query_weight,
+            v=attend.v,
+            mask=attend.mask,
+            **more,
+        )
+
     def _steps(self, emb: Tensor, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """States [B, N, H] and contexts [B, N, 2H] of steps of known embeddings [B, N, E]."""
-        gru = self.gru
-        if isinstance(attend, _Source) and is_one_layer(gru, nn.GRU):
-            decoded = attention_decoder(
-                emb,
-                (hidden,),
-                attend.projected,
-                attend.keys,
-                gru.all_weights[0],
-                cell="gru",
-                query_weight=attend.query_weight,
-                v=attend.v,
-                mask=attend.mask,
-            )
-            return decoded.features.split((gru.hidden_size, attend.keys.shape[2]), dim=2)
+        if isinstance(attend, _Source) and is_one_layer(self.gru, nn.GRU):
+            features = self._loop(emb, hidden, attend, None).features
+            return features.split((self.gru.hidden_size, attend.keys.shape[2]), dim=2)
         states, contexts = [], []
         for each in emb.split(1, dim=1):
             state, context, hidden, _ = self._advance(each, hidden, attend)
@@ -292,9 +361,7 @@ class Decoder(nn.Module):
 
     def _attend_to(self, encoder_outputs: Tensor, mask: Tensor | None) -> Attend:
         attention = self.attention
-        if computes_as(attention, Attention) and all(
-            computes_as(layer, nn.Linear) for layer in (attention.attn, attention.v)
-        ):
+        if self._scores_in_one_call():
             if mask is not None:
                 check_mask(mask, *encoder_outputs.shape[:2])
             return _Source(
@@ -382,7 +449,7 @@ class Seq2Seq(nn.Module):
         trg, forced, hidden, *source = prepared
         if trg.shape[1] == 1:
             pass
-        elif computes_as(decoder, Decoder) and forced is None:
+        elif computes_as(decoder, Decoder) and (forced is None or decoder.picks_in_one_call()):
             logits = in_halves(decoder.fc, decoder.features(*prepared))
         elif computes_as(decoder, Decoder):
             logits = decode_by_steps(decoder.stepper(*source), trg, forced, hidden)

@@ -3,7 +3,8 @@
 The schemas and CPU kernels are in csrc/ops/decoder.cpp; here are shapes (for tracing) and autograd.
 Arguments are those of :func:`fastseq.functional.attention_decoder`, flat: inputs x [B, T, E], or
 tokens [B, T] and table [V, E] with ``forced`` [T or T + 1], bool; h0 and c0 [L, B, H];
-``w_c`` [A, C+H] where attention comes after the cell, ``v`` [K] where the score is additive.
+``w_c`` [A, C+H] where attention comes after the cell, ``v`` [K] where the score is additive;
+``x_factor`` [B, T, E] and ``read_factor`` [B, T, F or F+E], input_factor and output_factor there.
 
 Forward returns [features [B, T, F], weights [B, T, S], h_n, c_n (cells with two states), tokens
 (given any), saved (with ``save``)]. Backward returns [dx (need_dx), dh0, dc0 (cells with two
@@ -43,6 +44,8 @@ class Settings(NamedTuple):
     scale: float
     w_out: Tensor | None
     b_out: Tensor | None
+    x_factor: Tensor | None
+    read_factor: Tensor | None
     end_token: int
 
 
@@ -70,7 +73,8 @@ def _call_op(settings, tensors, save):
     return attention_decoder_fwd(
         settings.cell, x, settings.tokens, table, settings.forced, h0, c0, keys, values,
         settings.mask, weights, settings.has_biases, w_q, v, w_c, b_c, feed0, settings.feeds,
-        settings.residual, settings.scale, settings.w_out, settings.b_out, settings.end_token, save,
+        settings.residual, settings.scale, settings.w_out, settings.b_out, settings.x_factor,
+        settings.read_factor, settings.end_token, save,
     )  # fmt: skip
 
 
@@ -153,7 +157,8 @@ class _Decoder(torch.autograd.Function):
         if need["table"]:
             T = features.shape[1]
             rows = fed[:, :T].reshape(-1)
-            out["table"] = torch.zeros_like(table).index_add_(0, rows, out["x"].flatten(0, 1))
+            dx = out["x"] if settings.x_factor is None else out["x"] * settings.x_factor
+            out["table"] = torch.zeros_like(table).index_add_(0, rows, dx.flatten(0, 1))
         return None, *(out.get(name) if need[name] else None for name in _TENSORS), *each
 
 
@@ -179,6 +184,7 @@ def _twice(settings, tensors, fed, cotangents, need):
         scale=settings.scale,
         mask=settings.mask,
         embedding=table,
+        input_factor=settings.x_factor,
     )
     outputs = (features, attended, *states)
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
@@ -200,7 +206,7 @@ _apply = super(torch.autograd.Function, _Decoder).apply
 
 def _fwd_fake(
     cell, x, tokens, table, forced, h0, c0, keys, values, mask, weights, has_biases, w_q, v, w_c,
-    b_c, feed0, feeds, residual, scale, w_out, b_out, end_token, save,
+    b_c, feed0, feeds, residual, scale, w_out, b_out, x_factor, read_factor, end_token, save,
 ):  # fmt: skip
     T = (x if tokens is None else tokens).shape[1]
     (L, B, H), S, C = h0.shape, keys.shape[1], values.shape[2]
@@ -251,12 +257,8 @@ def _bwd_fake(
 
 def _fwd_autograd(cell, x, tokens, table, forced, h0, c0, keys, values, mask, weights, *rest):
     """What the registered op does at the autograd key."""
-    has_biases, w_q, v, w_c, b_c, feed0, feeds, residual, scale, w_out, b_out, end_token, save = (
-        rest
-    )
-    settings = Settings(
-        cell, tokens, forced, mask, has_biases, feeds, residual, scale, w_out, b_out, end_token
-    )
+    has_biases, w_q, v, w_c, b_c, feed0, *options, save = rest
+    settings = Settings(cell, tokens, forced, mask, has_biases, *options)
     tensors = (x, table, h0, c0, keys, values, w_q, v, w_c, b_c, feed0, *weights)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         if not save:

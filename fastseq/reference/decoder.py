@@ -39,6 +39,8 @@ def attention_decoder(
     embedding: Tensor | None = None,
     forced: Sequence[bool] | None = None,
     output: tuple[Tensor, Tensor | None] | None = None,
+    input_factor: Tensor | None = None,
+    output_factor: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor | None]:
     """Features, final states, attention weights and the tokens that were fed, one step at a time.
 
@@ -60,13 +62,23 @@ def attention_decoder(
         return additive_attention(query, keys, values, v, **where)
 
     features, weights, tokens = [], [], []
+
+    def likeliest(t: int) -> Tensor:
+        read = features[t]
+        if output[0].shape[1] > read.shape[1]:
+            read = torch.cat((read, embedded), dim=1)
+        if output_factor is not None:
+            read = read * output_factor[:, t]
+        return F.linear(read, *output).argmax(1)
+
     for t in range(T):
         x = input[:, t]
         if not input.is_floating_point():
             if forced is not None and not forced[t]:
-                x = F.linear(features[-1], *output).argmax(1)
+                x = likeliest(t - 1)
             tokens.append(x)
             x = F.embedding(x, embedding)
+            x = embedded = x if input_factor is None else x * input_factor[:, t]
         if combine is None:
             context, attended = attend(states[-1][0])
             x = torch.cat((x, context), dim=1)
@@ -84,7 +96,7 @@ def attention_decoder(
         features.append(feature)
         weights.append(attended)
     if forced is not None and len(forced) > T:
-        tokens.append(F.linear(features[-1], *output).argmax(1))
+        tokens.append(likeliest(T - 1))
     final = tuple(torch.stack(kind) for kind in zip(*states, strict=True))
     fed = torch.stack(tokens, dim=1) if tokens else None
     if not T:

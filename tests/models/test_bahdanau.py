@@ -71,6 +71,20 @@ def test_dropout_draws_what_the_reference_draws(
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_the_loop_is_one_call(ratio, make_pair, monkeypatch):
+    _, fast = make_pair("bahdanau")
+    calls, whole = [], fast_house.attention_decoder
+    monkeypatch.setattr(
+        fast_house, "attention_decoder", lambda *a, **k: calls.append(a[0].shape) or whole(*a, **k)
+    )
+    monkeypatch.setattr(fast_house.Stepper, "__call__", None)
+    fast.train()(_tokens(3, 4), _tokens(3, 9), ratio)
+    assert [shape[:2] for shape in calls] == [(3, 8)]
+    greedy(fast.eval(), _tokens(3, 4), max_length=7)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("kind", ["attention", "bahdanau"])
 def test_the_output_layer_of_the_features_gives_the_logits(kind, ratio, make_pair):
     _, fast = make_pair(kind)

@@ -83,18 +83,23 @@ template <class T>
 struct DecoderForward : DecoderInputs<T> {
   const int64_t* tokens;  // [B, T] or null
   const uint8_t*
-      forced;         // [T]: whether a step's token is given, else the likeliest is fed; or null
-  int64_t* used;      // [B, used_row]: the tokens that were fed; or null
-  int64_t used_row;   // T, or T + 1: and the likeliest after the last step
-  const T* w_out;     // [V, features], to find the likeliest by; or null
-  const T* b_out;     // [V] or null
-  int64_t end_token;  // a sequence that has brought it forth stops; -1: none does
+      forced;        // [T]: whether a step's token is given, else the likeliest is fed; or null
+  int64_t* used;     // [B, used_row]: the tokens that were fed; or null
+  int64_t used_row;  // T, or T + 1: and the likeliest after the last step
+  const T* w_out;    // [V, read()], to find the likeliest by; or null
+  const T* b_out;    // [V] or null
+  bool reads_x;      // w_out reads [features | x], else the features alone
+  StepRows<const T> x_factor;     // E wide: what a token's row of the table is multiplied by
+  StepRows<const T> read_factor;  // read() wide: the same of what w_out reads; bases may be null
+  int64_t end_token;              // a sequence that has brought it forth stops; -1: none does
   DecoderSaved<T> saved;
   bool save;
   StepRows<T> features;
   StepRows<T> weights;  // S wide
   T* h_n;               // [L, B, H]
   T* c_n;               // [L, B, H] or null
+
+  int64_t read() const { return this->shape.features() + (reads_x ? this->shape.E : 0); }
 };
 
 template <class T>

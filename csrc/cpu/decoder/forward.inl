@@ -52,6 +52,7 @@ struct DecoderForwardLoop {
     CellForwardRow<Cell, T>* cells;
     T* c;      // [L, rows, H]
     T* query;  // [rows, K], where it is not saved
+    T* read;   // [rows, a.read()], where w_out reads something else than the features
     T* best;
     int64_t* likeliest;
   };
@@ -59,6 +60,7 @@ struct DecoderForwardLoop {
   bool after() const { return s.A > 0; }
   int64_t top() const { return s.L - 1; }
   int64_t gates() const { return kGates * s.H; }
+  bool reads_apart() const { return a.w_out && (a.reads_x || a.read_factor.base); }
   int64_t by_h_width() const { return gates() + (!after() && a.w_q ? s.K : 0); }
 
   template <class Memory>
@@ -82,6 +84,7 @@ struct DecoderForwardLoop {
       task.cells = memory.template take<CellForwardRow<Cell, T>>(size_t(rows));
       task.c = memory.template take<T>(size_t(s.L * rows * s.H));
       task.query = memory.template take<T>(size_t(a.saved.query.base ? 0 : rows * s.K));
+      task.read = memory.template take<T>(size_t(reads_apart() ? rows * a.read() : 0));
       task.best = memory.template take<T>(size_t(rows));
       task.likeliest = memory.template take<int64_t>(size_t(rows));
       if (tasks) tasks[i] = task;
@@ -133,8 +136,8 @@ struct DecoderForwardLoop {
   int64_t choose(Task& task, int64_t t, int64_t count) {
     const bool given = t < s.T && (!a.forced || a.forced[t]);
     if (!given) {
-      for (int64_t i = 0; i < count; ++i) task.from[i] = a.features.at(t - 1, task.live[i]);
-      const Likeliest<T> likeliest{s.features(), s.V, a.w_out, a.b_out};
+      for (int64_t i = 0; i < count; ++i) task.from[i] = read(task, t - 1, i);
+      const Likeliest<T> likeliest{a.read(), s.V, a.w_out, a.b_out};
       likeliest.find(count, task.from, task.best, task.likeliest);
     }
     int64_t left = 0;
@@ -148,9 +151,26 @@ struct DecoderForwardLoop {
         continue;
       }
       task.live[left++] = b;
-      copy_row(a.saved.input.at(t, b), a.table + token * s.E, s.E);
+      T* x = a.saved.input.at(t, b);
+      copy_row(x, a.table + token * s.E, s.E);
+      if (a.x_factor.base) multiply_row(x, a.x_factor.at(t, b), s.E);
     }
     return left;
+  }
+
+  // What w_out reads of step t, of the i-th live sequence.
+  const T* read(Task& task, int64_t t, int64_t i) {
+    const int64_t b = task.live[i];
+    const T* features = a.features.at(t, b);
+    if (!reads_apart()) return features;
+    T* row = task.read + i * a.read();
+    copy_row(row, features, s.features());
+    if (a.reads_x) copy_row<T>(row + s.features(), a.saved.input.at(t, b), s.E);
+    if (a.read_factor.base) multiply_row(row, a.read_factor.at(t, b), a.read());
+    return row;
+  }
+  static void multiply_row(T* row, const T* by, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) row[i] *= by[i];
   }
 
   // One layer's cells, from the sums of its input.
