@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseq import backends
+from fastseq.functional.attention import additive_attention
 from fastseq.ops import decoder as _op
 from fastseq.reference import decoder as _reference
 from fastseq.reference.rnn import CELLS
@@ -62,6 +63,7 @@ def attention_decoder(
     input_factor: Tensor | None = None,
     output_factor: Tensor | None = None,
     end_token: int | None = None,
+    location: tuple[Tensor, Tensor] | None = None,
 ) -> Decoded:
     """Run a recurrent decoder with attention over a whole target.
 
@@ -103,6 +105,9 @@ def attention_decoder(
         end_token: a sequence for which this token was found likeliest stops there: features and
             weights are zero from then on, tokens ``end_token``, states those before. Without
             gradients only. None: none stops.
+        location: (filters [F, J, N], U [K, F]) of an additive score with a further term inside the
+            tanh, U f, f = filters * weights of the step before (J = 1), or these and their sum over
+            all steps before (J = 2); N odd. The loop then runs step by step.
 
     Returns:
         A :class:`Decoded`: features, states, weights, tokens.
@@ -123,6 +128,7 @@ def attention_decoder(
         query_weight, v, feed = map(lower, (query_weight, v, feed))
         hx, params = tuple(map(lower, hx)), list(map(lower, params))
         input_factor, output_factor = lower(input_factor), lower(output_factor)
+        location = None if location is None else tuple(map(lower, location))
         combine, output = (
             None if pair is None else tuple(map(lower, pair)) for pair in (combine, output)
         )
@@ -134,19 +140,24 @@ def attention_decoder(
         "scale": scale, "embedding": embedding, "forced": forced, "output": output,
         "input_factor": input_factor, "output_factor": output_factor,
     }  # fmt: skip
-    _check(input, hx, keys, values, params, arguments, lengths, mask, end_token)
+    check_decoder(
+        _OP, input, hx, keys, values, params, arguments, lengths, mask, end_token, location
+    )
     if lengths is not None:
         within = torch.arange(keys.shape[1], device=keys.device) < lengths.unsqueeze(1)
         mask = within if mask is None else within & mask
     known = forced is not None and not isinstance(forced, Tensor)
     if known and all(forced[: input.shape[1]]) and len(forced) == input.shape[1]:
         forced = arguments["forced"] = None
-    if backends.recurrent_obstacle(cell, values, params) is not None:
+    obstacle = backends.recurrent_obstacle(cell, values, params)
+    if obstacle is not None or location is not None:
         if end_token is not None:
             raise NotImplementedError(
                 "fastseq.attention_decoder: expected end_token with the kernel only; cut the "
                 "tokens behind it instead"
             )
+        if location is not None:
+            arguments |= {"location": location, "score": additive_attention}
         found = _reference.attention_decoder(
             input, hx, keys, values, params, mask=mask, **arguments
         )
@@ -180,6 +191,7 @@ def attention_decoder(
     return Decoded(features.to(dtype), states, weights.to(dtype), fed)
 
 
+_OP = "fastseq.attention_decoder"
 _NATIVE = (torch.float32, torch.float64)
 _FLOATING = (*_NATIVE, torch.bfloat16, torch.float16)
 
@@ -199,9 +211,10 @@ def _detached(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach()
 
 
-def _check(input, hx, keys, values, params, arguments, lengths, mask, end_token) -> None:
-    """Refuse what does not fit, naming the argument."""
-    op = "fastseq.attention_decoder"
+def check_decoder(
+    op, input, hx, keys, values, params, arguments, lengths, mask, end_token, location=None
+) -> None:
+    """Refuse what does not fit, naming the function and the argument."""
     cell = arguments["cell"]
     if cell not in CELLS or CELLS[cell].extras:
         known = [name for name, kind in CELLS.items() if not kind.extras]
@@ -273,8 +286,23 @@ def _check(input, hx, keys, values, params, arguments, lengths, mask, end_token)
     expected["output_factor"] = (arguments["output_factor"], (B, T, F))
     _check_tensors(op, values, expected)
     _check_where(op, B, S, lengths, mask)
+    if location is not None:
+        _check_location(op, values, K, arguments["v"], location)
     if end_token is not None and (arguments["forced"] is None or torch.is_grad_enabled()):
         raise ValueError(f"{op}: expected end_token with forced, and without gradients, only")
+
+
+def _check_location(op, values, K, v, location) -> None:
+    if v is None:
+        raise ValueError(f"{op}: expected v beside location, got None")
+    filters, weight = location
+    F = filters.shape[0]
+    _check_tensors(op, values, {"location[0]": (filters, None), "location[1]": (weight, (K, F))})
+    if filters.dim() != 3 or filters.shape[1] not in (1, 2) or filters.shape[2] % 2 == 0:
+        raise ValueError(
+            f"{op}: expected location[0] of shape [F, J, N], J 1 or 2 and N odd, got "
+            f"{list(filters.shape)}"
+        )
 
 
 def _check_tensors(op, like, expected) -> None:

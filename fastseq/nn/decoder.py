@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastseq import backends
+from fastseq.backends import Explanation
 from fastseq.functional import attention_decoder
 from fastseq.nn.rnn import GRU, LSTM, RNN
 
@@ -35,7 +37,8 @@ class AttentionDecoder(nn.Module):
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         num_layers: L.
         score: "additive", v . tanh(W_q h + W_k y + b), or "general", (W_q h) . y; or "dot", h . y,
-            for which C has to be H.
+            for which C has to be H; or "location", the additive one with a term U f inside the
+            tanh, f being filters over the weights of earlier steps.
         attention_size: K of the additive score; None: H.
         order: "before", the context stands beside the first layer's input (Bahdanau), or "after",
             the layers' output and the context make an attentional vector (Luong).
@@ -44,17 +47,22 @@ class AttentionDecoder(nn.Module):
             the input.
         residual: from the second layer on, a layer's input is added to its output.
         bias: whether the layers have biases.
+        kernel_size, filters: of the score "location": N, odd, and F.
+        cumulative: of the score "location": whether the filters see the sum of all earlier weights
+            beside those of the step before.
         device, dtype: of the parameters.
 
     Attributes:
         embedding: [V, E]. rnn: the layers, with torch's names of weights. query: W_q [K, H].
-        key: W_k [K, C] and b. v: [K]. combine: W_c [A, C+H] and b_c. fc: [V, F] and its bias, with
+        key: W_k [K, C] and b. v: [K]. location_conv: filters [F, 1 or 2, N]. location_proj: U
+        [K, F]. combine: W_c [A, C+H] and b_c. fc: [V, F] and its bias, with
         F = H + C before and A after. Those an option leaves without use are None.
 
     Raises:
         ValueError: an option of another value, or sizes that do not fit.
 
-    Source: Bahdanau, Cho and Bengio 2015; Luong, Pham and Manning 2015, sections 3 and 3.3.
+    Source: Bahdanau, Cho and Bengio 2015; Luong, Pham and Manning 2015, sections 3 and 3.3;
+    location, Chorowski et al. 2015, equations 8 and 9; cumulative weights, Shen et al. 2018.
     """
 
     def __init__(
@@ -73,13 +81,16 @@ class AttentionDecoder(nn.Module):
         input_feeding: bool = False,
         residual: bool = False,
         bias: bool = True,
+        kernel_size: int = 31,
+        filters: int = 32,
+        cumulative: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, value, known in (
             ("cell", cell, tuple(_CELLS)),
-            ("score", score, ("additive", "general", "dot")),
+            ("score", score, ("additive", "general", "dot", "location")),
             ("order", order, ("before", "after")),
         ):
             if value not in known:
@@ -98,7 +109,12 @@ class AttentionDecoder(nn.Module):
                 f"fastseq.AttentionDecoder: expected context_size = hidden_size = {hidden_size} "
                 f'with score "dot", got {C}'
             )
+        if kernel_size % 2 == 0:
+            raise ValueError(
+                f"fastseq.AttentionDecoder: expected an odd kernel_size, got {kernel_size}"
+            )
         after = order == "after"
+        additive = score in ("additive", "location")
         where = {"device": device, "dtype": dtype}
         self.cell, self.score, self.residual = cell, score, residual
         self.input_feeding = input_feeding
@@ -108,12 +124,17 @@ class AttentionDecoder(nn.Module):
             embedding_dim + beside, hidden_size, num_layers, bias=bias, batch_first=True, **where
         )
         self.query = None if score == "dot" else nn.Linear(hidden_size, K, bias=False, **where)
-        self.key = nn.Linear(C, K, **where) if score == "additive" else None
-        if score == "additive":
+        self.key = nn.Linear(C, K, **where) if additive else None
+        if additive:
             self.v = nn.Parameter(torch.empty(K, **where))
             nn.init.uniform_(self.v, -(K**-0.5), K**-0.5)
         else:
             self.register_parameter("v", None)
+        self.location_conv = self.location_proj = None
+        if score == "location":
+            kinds = 2 if cumulative else 1
+            self.location_conv = nn.Conv1d(kinds, filters, kernel_size, bias=False, **where)
+            self.location_proj = nn.Linear(filters, K, bias=False, **where)
         self.combine = nn.Linear(C + hidden_size, A, **where) if after else None
         self.fc = nn.Linear(A if after else hidden_size + C, vocab_size, **where)
 
@@ -201,12 +222,31 @@ class AttentionDecoder(nn.Module):
             )
         tokens = start.unsqueeze(1).expand(-1, max_length).contiguous()
         forced = (True, *[False] * max_length)
-        decoded = self._run(tokens, hx, encoder_outputs, lengths, mask, forced, end_token)
-        return decoded.tokens[:, 1:], decoded.weights
+        stops = self.explained().backend == "cpu"
+        decoded = self._run(
+            tokens, hx, encoder_outputs, lengths, mask, forced, end_token if stops else None
+        )
+        tokens, weights = decoded.tokens[:, 1:], decoded.weights
+        if end_token is None or stops:
+            return tokens, weights
+        ended = (tokens == end_token).cumsum(1)
+        past = ended - (tokens == end_token).long() > 0
+        return tokens.masked_fill(past, end_token), weights.masked_fill(past.unsqueeze(2), 0)
+
+    def explained(self, *args: object, **keywords: object) -> Explanation:
+        """What ``fastseq.explain`` says of this module, whatever it would be called with."""
+        if self.location_conv is not None:
+            reason = "the location score needs each step's weights for the next: step by step"
+            return Explanation("AttentionDecoder", "torch", reason)
+        like = self.embedding.weight
+        return backends.recurrent_explanation(self.cell, like, [like], plain=False)
 
     def _run(self, tokens, hx, encoder_outputs, lengths, mask, forced, end_token):
         keys = encoder_outputs if self.key is None else self.key(encoder_outputs)
         weights = [w for layer in self.rnn.all_weights for w in layer]
+        location = None
+        if self.location_conv is not None:
+            location = self.location_conv.weight, self.location_proj.weight
         combine = None if self.combine is None else (self.combine.weight, self.combine.bias)
         return attention_decoder(
             tokens,
@@ -227,4 +267,5 @@ class AttentionDecoder(nn.Module):
             forced=forced,
             output=None if forced is None else (self.fc.weight, self.fc.bias),
             end_token=end_token,
+            location=location,
         )

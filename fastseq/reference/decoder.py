@@ -6,14 +6,14 @@ function runs on any device in any floating dtype and is differentiable any numb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastseq.reference.rnn import step
-from fastseq.reference.scores import additive_attention, dot_attention
+from fastseq.reference.scores import additive_attention, dot_attention, location_features
 
 __all__ = ["attention_decoder"]
 
@@ -41,11 +41,14 @@ def attention_decoder(
     output: tuple[Tensor, Tensor | None] | None = None,
     input_factor: Tensor | None = None,
     output_factor: Tensor | None = None,
+    location: tuple[Tensor, Tensor] | None = None,
+    score: Callable = additive_attention,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor | None]:
     """Features, final states, attention weights and the tokens that were fed, one step at a time.
 
     Args and Returns: as :func:`fastseq.functional.attention_decoder`: input [B, T, E] or [B, T],
-    hx [L, B, H] each, keys [B, S, K], values [B, S, C].
+    hx [L, B, H] each, keys [B, S, K], values [B, S, C]. ``score`` is what an additive score is
+    computed by.
     """
     T = input.shape[1]
     layers = hx[0].shape[0]
@@ -54,12 +57,22 @@ def attention_decoder(
     if combine is not None and input_feeding and feed is None:
         feed = values.new_zeros(keys.shape[0], combine[0].shape[0])
 
+    # Of the step before, and of all steps before.
+    seen = [values.new_zeros(keys.shape[:2])] * 2
+
     def attend(h: Tensor) -> tuple[Tensor, Tensor]:
         query = h if query_weight is None else F.linear(h, query_weight)
         where = {"lengths": lengths, "mask": mask, "scale": scale}
         if v is None:
             return dot_attention(query, keys, values, **where)
-        return additive_attention(query, keys, values, v, **where)
+        if location is None:
+            return score(query, keys, values, v, **where)
+        filters, weight = location
+        previous = torch.stack(seen[: filters.shape[1]], dim=1)
+        extra = location_features(previous, filters, weight)
+        context, last = score(query, keys, values, v, extra=extra, **where)
+        seen[:] = last, seen[1] + last
+        return context, last
 
     features, weights, tokens = [], [], []
 

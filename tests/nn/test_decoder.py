@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import fastseq
-from fastseq import nn
+from fastseq import _native, nn
 from fastseq.testing import assert_close_to_reference
 
 OPTIONS = [
     {"cell": cell, "score": score, **order}
     for cell, score, order in itertools.product(
         ("lstm", "gru", "rnn_tanh", "rnn_relu"),
-        ("additive", "general", "dot"),
+        ("additive", "general", "dot", "location"),
         (
             {},
             {"num_layers": 2, "residual": True},
@@ -59,9 +59,10 @@ def test_options_against_the_plain_loop(options):
             assert_close_to_reference(one, other, terms=2000)
 
 
+@pytest.mark.parametrize("score", ["additive", "location"])
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_greedy_decoding_is_feeding_the_likeliest(order):
-    module, _, hx, outputs = make(order=order)
+def test_greedy_decoding_is_feeding_the_likeliest(order, score):
+    module, _, hx, outputs = make(order=order, score=score)
     start = torch.tensor([1, 2, 3])
     tokens, weights = module.generate(start, hx, outputs, 6)
     fed, expected = start.unsqueeze(1), []
@@ -76,6 +77,59 @@ def test_greedy_decoding_is_feeding_the_likeliest(order):
     for row, whole in zip(stopped.tolist(), tokens.tolist(), strict=True):
         n = whole.index(end) + 1 if end in whole else 6
         assert row == whole[:n] + [end] * (6 - n)
+
+
+def by_hand(module, tokens, state, outputs, mask):
+    """nn.AttentionDecoder with the location score, one layer, before the cell: as it is written."""
+    kinds, side = module.location_conv.in_channels, module.location_conv.kernel_size[0] // 2
+    last = torch.zeros(outputs.shape[:2], dtype=outputs.dtype)
+    total, logits, weights = last, [], []
+    for token in tokens.unbind(1):
+        previous = torch.stack((last, total)[:kinds], 1)
+        f = torch.nn.functional.conv1d(previous, module.location_conv.weight, padding=side)
+        terms = module.query(state[0][0])[:, None] + module.key(outputs)
+        e = torch.tanh(terms + module.location_proj(f.mT)) @ module.v
+        last = e.masked_fill(~mask, -torch.inf).softmax(1)
+        total = total + last
+        context = torch.bmm(last[:, None], outputs)[:, 0]
+        x = torch.cat((module.embedding(token), context), 1)
+        out, state = module.rnn(x[:, None], state)
+        logits.append(module.fc(torch.cat((out[:, 0], context), 1)))
+        weights.append(last)
+    return torch.stack(logits, 1), torch.stack(weights, 1)
+
+
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_the_location_score_as_it_is_written(cumulative):
+    torch.manual_seed(3)
+    module = nn.AttentionDecoder(11, 4, 6, 5, score="location", kernel_size=3, filters=4,
+                                 cumulative=cumulative, dtype=torch.float64)  # fmt: skip
+    tokens, outputs = torch.randint(11, (3, 5)), torch.randn(3, 7, 5, dtype=torch.float64)
+    state = tuple(torch.randn(1, 3, 6, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(3, 7) > 0.3
+    mask[:, 2] = True
+    logits, _, weights = module(tokens, state, outputs, mask=mask)
+    expected = by_hand(module, tokens, state, outputs, mask)
+    parameters = list(module.parameters())
+    for got, wanted in zip((logits, weights), expected, strict=True):
+        assert_close_to_reference(got, wanted.detach(), terms=1000)
+    total = [logits.sin().sum() + weights.square().sum() for logits, weights in
+             ((logits, weights), expected)]  # fmt: skip
+    grads = [torch.autograd.grad(t, parameters) for t in total]
+    for got, wanted in zip(*grads, strict=True):
+        assert_close_to_reference(got, wanted, terms=5000)
+    # It is not the additive score.
+    assert all(g.any() for g, (n, _) in zip(grads[0], module.named_parameters(), strict=True)
+               if n.startswith("location"))  # fmt: skip
+
+
+def test_it_says_what_it_runs():
+    module, *_ = make(score="location")
+    said = fastseq.explain(module)
+    assert said.backend == "torch" and "step by step" in said.reason
+    assert fastseq.explain(make()[0]).backend == ("cpu" if _native.loaded() else "torch")
+    with fastseq.use_backend("torch"):
+        assert fastseq.explain(make()[0]).backend == "torch"
 
 
 def test_features_are_what_the_output_layer_reads():
@@ -101,6 +155,7 @@ def test_copies_and_state():
         ({"score": "concat"}, "score"),
         ({"order": "behind"}, "order"),
         ({"input_feeding": True}, "input_feeding"),
+        ({"score": "location", "kernel_size": 4}, "odd kernel_size"),
         ({"score": "dot", "context_size": 4}, "context_size"),
     ],
 )
