@@ -30,6 +30,7 @@ template <class T>
 struct DecoderFunctions {
   void (*forward)(const DecoderForward<T>&, const Threads&);
   void (*backward)(const DecoderBackward<T>&, const Threads&);
+  void (*beams)(const DecoderBeams<T>&, const Threads&);
 };
 
 template <class T>

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -64,9 +65,11 @@ class Rows:
         encoded = model.encoder(src) if lengths is None else model.encoder(src, lengths)
         outputs, state = encoded if attends else (None, encoded)
         self._state = (state,) if isinstance(state, Tensor) else tuple(state)
-        self._step = _prepare(decoder, outputs, mask) if attends else decoder
+        self._prepare = partial(_prepare, decoder, outputs, mask) if attends else lambda: decoder
+        self._step: Callable | None = None
         self._source = (outputs, mask)
         self._generate = getattr(decoder, "generate", None) if attends else None
+        self._search = getattr(decoder, "search", None) if attends else None
         self.sources = torch.arange(src.shape[0], device=src.device)
         """Which of the given sources are left, [B], int64."""
         self.no_weights = outputs.new_empty(src.shape[0], 0, src.shape[1]) if attends else None
@@ -89,8 +92,18 @@ class Rows:
         tokens = tokens.masked_fill((ended - (tokens == end_token).long()) > 0, PAD)
         return tokens[:, :steps], weights[:, :steps]
 
+    def search(self, start: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Tokens, scores and lengths of a beam search, by the decoder itself; None where it has no
+        loop of its own for that. ``options``: those of its ``search``."""
+        lowered = torch.is_autocast_enabled(start.device.type)
+        if self._search is None or start.shape[0] == 0 or lowered:
+            return None
+        return self._search(start, *self._state, *self._source, **options)
+
     def step(self, token: Tensor) -> tuple[Tensor, Tensor | None]:
         """Advance by a token a row, [W * B]: logits [W * B, V] and weights [W * B, S], if any."""
+        # Not before: a decoder that does all steps itself prepares the source for itself.
+        self._step = self._step or self._prepare()
         outputs = self._step(token.unsqueeze(1), *self._state)
         end = 1 + len(self._state)
         self._state = tuple(outputs[1:end])

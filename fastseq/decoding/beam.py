@@ -95,6 +95,9 @@ def beam_search(
     start = a_token_each(bos, src, "bos", "beam_search")
     ends = None if eos is None else a_token_each(eos, src, "eos", "beam_search")
     rows = Rows(model, src, lengths, "beam_search")
+    found = rows.search(start, ends=ends, **options.of_a_kernel()) if max_length else None
+    if found is not None:
+        return _trimmed(Beams(*found))
     search = _Search(rows, ends, options)
     decode(rows, start, max_length, search.choose)
     return search.result()
@@ -136,6 +139,17 @@ class _Options:
         if self.length_penalty == "average":
             return max(length, 1)
         return ((5 + length) / 6) ** self.length_penalty
+
+    def of_a_kernel(self) -> dict[str, object]:
+        """As a decoder's own search takes them."""
+        return {
+            "penalties": [self.penalty(length) for length in range(self.max_length + 1)],
+            "width": self.width,
+            "n_best": self.n_best,
+            "min_length": self.min_length,
+            "early_stop": self.early_stop,
+            "no_repeat_ngram": self.no_repeat_ngram,
+        }
 
 
 class _Search:
@@ -195,9 +209,8 @@ class _Search:
         return Choice(token, rows, kept)
 
     def result(self) -> Beams:
-        """The best finished hypotheses of every source, without columns that are all padding."""
-        longest = int(self.best.lengths.max()) if self.best.lengths.numel() else 0
-        return self.best._replace(tokens=self.best.tokens[:, :, :longest])
+        """The best finished hypotheses of every source."""
+        return _trimmed(self.best)
 
     def _continuations(self, logits: Tensor, ends: Tensor | None) -> tuple[Tensor, ...]:
         """The best 2 * width of each source, descending: score, place of the parent, token.
@@ -294,6 +307,12 @@ class _Search:
             self.ends = self.ends[kept]
         batch, beam = self.scores.shape
         self._first = torch.arange(batch, device=self.scores.device).unsqueeze(1) * beam
+
+
+def _trimmed(beams: Beams) -> Beams:
+    """Without columns that are all padding."""
+    longest = int(beams.lengths.max()) if beams.lengths.numel() else 0
+    return beams._replace(tokens=beams.tokens[:, :, :longest])
 
 
 def _pick(tokens: Tensor, places: Tensor) -> Tensor:

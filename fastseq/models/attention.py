@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastseq import backends, nn
-from fastseq.functional.decoder import Decoded, attention_decoder
+from fastseq.functional.beams import attention_beams
+from fastseq.functional.decoder import attention_decoder
 from fastseq.models._steps import (
     Forced,
     after_start,
@@ -302,7 +303,7 @@ class Decoder(nn.Module):
             return self.fc.weight.new_empty(trg.shape[0], 0, self.fc.in_features)
         if mask is not None:
             check_mask(mask, *encoder_outputs.shape[:2])
-        run = self._loop(encoder_outputs, mask)
+        run = self._loop(attention_decoder, encoder_outputs, mask)
         where = "models.attention.Decoder"
         if forced is None:
             return run(embed(self.embedding, tokens, where), state).features
@@ -342,11 +343,9 @@ class Decoder(nn.Module):
         Returns:
             tokens [B, max_length] and attention weights [B, max_length, S], zero past a row's end.
         """
-        if not self._in_one_call(False):
+        if not self._runs_alone(hidden, encoder_outputs):
             return None
-        if backends.recurrent_obstacle("lstm", encoder_outputs, (hidden,)) is not None:
-            return None
-        decoded = self._loop(encoder_outputs, mask)(
+        decoded = self._loop(attention_decoder, encoder_outputs, mask)(
             start.unsqueeze(1).expand(-1, max_length).contiguous(),
             (hidden, cell),
             embedding=self.embedding.weight,
@@ -356,11 +355,46 @@ class Decoder(nn.Module):
         )
         return decoded.tokens[:, 1:], decoded.weights
 
-    def _loop(self, encoder_outputs: Tensor, mask: Tensor | None) -> Callable[..., Decoded]:
+    def search(
+        self,
+        start: Tensor,
+        hidden: Tensor,
+        cell: Tensor,
+        encoder_outputs: Tensor,
+        mask: Tensor | None = None,
+        **options: object,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Beam search in one call, without gradients; None where the loop is not one.
+
+        Args:
+            start: the first token of each row, [B], int64.
+            hidden, cell, encoder_outputs, mask: as in :meth:`generate`.
+            options: of :func:`fastseq.functional.beams.attention_beams`, which says what returns.
+        """
+        if not self._runs_alone(hidden, encoder_outputs):
+            return None
+        return self._loop(attention_beams, encoder_outputs, mask)(
+            start,
+            (hidden, cell),
+            embedding=self.embedding.weight,
+            output=(self.fc.weight, self.fc.bias),
+            **options,
+        )
+
+    def _runs_alone(self, hidden: Tensor, encoder_outputs: Tensor) -> bool:
+        """Whether decoding without a target is one call of a kernel."""
+        obstacle = backends.recurrent_obstacle("lstm", encoder_outputs, (hidden,))
+        return obstacle is None and encoder_outputs.is_cpu and self.picks_in_one_call()
+
+    def picks_in_one_call(self) -> bool:
+        """Whether a loop that chooses its own tokens is one call."""
+        return self._in_one_call(False)
+
+    def _loop(self, function: Callable, encoder_outputs: Tensor, mask: Tensor | None) -> Callable:
         """The loop on a source, its keys projected; inputs and states are still to be given."""
         query_weight, keys = self.attention.split(encoder_outputs)
         return partial(
-            attention_decoder,
+            function,
             keys=keys,
             values=encoder_outputs,
             params=self.lstm.all_weights[0],

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fastseq import backends, nn
 from fastseq.functional import additive_attention
+from fastseq.functional.beams import attention_beams
 from fastseq.functional.decoder import Decoded, attention_decoder
 from fastseq.models._steps import (
     Forced,
@@ -234,8 +235,9 @@ class Decoder(nn.Module):
                 emb = emb if kept_emb is None else emb * kept_emb
                 parts = self._steps(emb, hidden, attend)
             else:
+                more = {"forced": forced, "input_factor": kept_emb, "output_factor": kept}
                 decoded = self._loop(
-                    tokens, hidden, attend, forced, input_factor=kept_emb, output_factor=kept
+                    attention_decoder, tokens, hidden, attend, **more, **self._tables()
                 )
                 emb = self.embedding(decoded.tokens)
                 emb = emb if kept_emb is None else emb * kept_emb
@@ -272,15 +274,41 @@ class Decoder(nn.Module):
         Returns:
             tokens [B, max_length] and attention weights [B, max_length, S], zero past a row's end.
         """
-        drops = self.training and (self.dropout.p or self.output_dropout.p)
-        obstacle = backends.recurrent_obstacle("gru", encoder_outputs, (hidden,))
-        if drops or obstacle is not None or not self.picks_in_one_call():
+        if not self._runs_alone(hidden, encoder_outputs):
             return None
         attend = self._attend_to(encoder_outputs, mask)
         tokens = start.unsqueeze(1).expand(-1, max_length).contiguous()
-        given = (True, *[False] * max_length)
-        decoded = self._loop(tokens, hidden, attend, given, end_token=end_token)
+        forced = (True, *[False] * max_length)
+        more = {"forced": forced, "end_token": end_token, **self._tables()}
+        decoded = self._loop(attention_decoder, tokens, hidden, attend, **more)
         return decoded.tokens[:, 1:], decoded.weights
+
+    def search(
+        self,
+        start: Tensor,
+        hidden: Tensor,
+        encoder_outputs: Tensor,
+        mask: Tensor | None = None,
+        **options: object,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Beam search in one call, without gradients; None where the loop is not one.
+
+        Args:
+            start: the first token of each row, [B], int64.
+            hidden, encoder_outputs, mask: as in :meth:`generate`.
+            options: of :func:`fastseq.functional.beams.attention_beams`, which says what returns.
+        """
+        if not self._runs_alone(hidden, encoder_outputs):
+            return None
+        attend = self._attend_to(encoder_outputs, mask)
+        return self._loop(attention_beams, start, hidden, attend, **self._tables(), **options)
+
+    def _runs_alone(self, hidden: Tensor, encoder_outputs: Tensor) -> bool:
+        """Whether decoding without a target is one call of a kernel."""
+        drops = self.training and (self.dropout.p or self.output_dropout.p)
+        obstacle = backends.recurrent_obstacle("gru", encoder_outputs, (hidden,))
+        possible = obstacle is None and encoder_outputs.is_cpu and not drops
+        return possible and self.picks_in_one_call()
 
     def picks_in_one_call(self) -> bool:
         """Whether the parts are what :class:`Decoder` made them, so that a loop that chooses its
@@ -299,14 +327,16 @@ class Decoder(nn.Module):
             computes_as(layer, nn.Linear) for layer in (attention.attn, attention.v)
         )
 
+    def _tables(self) -> dict[str, object]:
+        """What a loop of tokens needs beside them."""
+        output = self.fc.weight, self.fc.bias
+        return {"embedding": self.embedding.weight, "output": output}
+
     def _loop(
-        self, input: Tensor, hidden: Tensor, attend: _Source, given: Forced | None, **more
-    ) -> Decoded:
-        """All steps: of embeddings [B, N, E], or of tokens [B, N] where those ``given`` are fed."""
-        if given is not None:
-            output = self.fc.weight, self.fc.bias
-            more |= {"embedding": self.embedding.weight, "forced": given, "output": output}
-        return attention_decoder(
+        self, function: Callable, input: Tensor, hidden: Tensor, attend: _Source, **more: object
+    ) -> Decoded | tuple[Tensor, Tensor, Tensor]:
+        """All steps on a source, of embeddings [B, N, E] or of tokens."""
+        return function(
             input,
             (hidden,),
             attend.projected,
@@ -322,7 +352,7 @@ class Decoder(nn.Module):
     def _steps(self, emb: Tensor, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """States [B, N, H] and contexts [B, N, 2H] of steps of known embeddings [B, N, E]."""
         if isinstance(attend, _Source) and is_one_layer(self.gru, nn.GRU):
-            features = self._loop(emb, hidden, attend, None).features
+            features = self._loop(attention_decoder, emb, hidden, attend).features
             return features.split((self.gru.hidden_size, attend.keys.shape[2]), dim=2)
         states, contexts = [], []
         for each in emb.split(1, dim=1):

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import fastseq
 from fastseq.decoding import beam_search, greedy, next_tokens, sample
 from fastseq.decoding._top import top
 from fastseq.models import attention as fast_house
@@ -382,7 +383,7 @@ def test_keys_are_held_once(monkeypatch):
                 shapes.add(tuple(out.shape))
             return out
 
-    with Watch():
+    with fastseq.use_backend("torch"), Watch():
         beam_search(model, torch.randint(11, (B, S)), max_length=4, width=W)
     assert (1, B * W, H) in shapes
     assert all(len(s) < 3 or s[0] * s[1] <= B * S for s in shapes), shapes

@@ -23,6 +23,8 @@ namespace {
 
 #include "forward.inl"
 
+#include "beam.inl"
+
 #include "backward.inl"
 
 #include "deferred.inl"
@@ -30,9 +32,9 @@ namespace {
 template <class Cell, class T>
 constexpr DecoderFunctions<T> decoder_functions() {
   if constexpr (Cell::kParams == 0 && Cell::kMasks == 0) {
-    return {decoder_forward<Cell, T>, decoder_backward<Cell, T>};
+    return {decoder_forward<Cell, T>, decoder_backward<Cell, T>, decoder_beams<Cell, T>};
   } else {
-    return {nullptr, nullptr};
+    return {nullptr, nullptr, nullptr};
   }
 }
 

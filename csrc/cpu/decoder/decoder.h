@@ -24,6 +24,7 @@ struct DecoderShape {
   bool dot;       // the score is q . k, else v . tanh(q + k)
   bool feeds;     // input feeding
   bool residual;  // from the second layer on, a layer's input is added to its output
+  int64_t width;  // sequences that share a source, in turn: B / width sources
 
   // What stands beside an input of the first layer.
   int64_t beside() const { return A == 0 ? C : feeds ? A : 0; }
@@ -100,6 +101,26 @@ struct DecoderForward : DecoderInputs<T> {
   T* c_n;               // [L, B, H] or null
 
   int64_t read() const { return this->shape.features() + (reads_x ? this->shape.E : 0); }
+};
+
+// Beam search; see fastseq/decoding/beam.py for what becomes of a hypothesis.
+template <class T>
+struct DecoderBeams {
+  // Of sources * width sequences. h0, c0, keys, values, mask and ends are those of the sources;
+  // what is saved, features, weights, h_n and c_n are not looked at.
+  DecoderForward<T> rows;
+  int64_t sources, width, n_best;
+  int64_t most;           // steps
+  int64_t min_length;     // tokens before the end
+  int64_t no_repeat;      // no so many tokens in a row twice; 0: any
+  bool early_stop;        // at `width` that have ended; else when none can get among the n_best
+  const int64_t* start;   // [sources]
+  const int64_t* ends;    // [sources] or null: none
+  const double* penalty;  // [most + 1]: what a log-probability of so many tokens is divided by
+  int64_t* tokens;        // [sources, n_best, most]
+  double* scores;         // [sources, n_best], minus infinity at first
+  int64_t* lengths;       // [sources, n_best], zero at first; so are the tokens
+  int* not_numbers;       // set to 1 where logits are NaN or infinite
 };
 
 template <class T>

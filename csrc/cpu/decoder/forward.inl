@@ -18,16 +18,16 @@ template <class T>
 FASTSEQ_INLINE void attend(const DecoderInputs<T>& a, int64_t b, const T* query, T* weights,
                            T* context) {
   const DecoderShape& s = a.shape;
-  const int64_t end = a.ends[b];
-  const T* keys = a.keys + b * s.S * s.K;
+  const int64_t source = b / s.width, end = a.ends[source];
+  const T* keys = a.keys + source * s.S * s.K;
   if (s.dot) {
     dot_scores(query, keys, s.K, end, s.K, a.scale, weights);
   } else {
     additive_scores<T>(query, keys, s.K, nullptr, 0, end, s.K, a.v, a.scale, weights);
   }
-  masked_softmax(weights, a.mask ? a.mask + b * s.S : nullptr, end);
+  masked_softmax(weights, a.mask ? a.mask + source * s.S : nullptr, end);
   for (int64_t i = end; i < s.S; ++i) weights[i] = 0;
-  weighted_sum(weights, a.values + b * s.S * s.C, s.C, end, s.C, context);
+  weighted_sum(weights, a.values + source * s.S * s.C, s.C, end, s.C, context);
 }
 
 template <class Cell, class T>
