@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -65,6 +66,23 @@ def test_sizes(cell, order):
         check(decoder_case(cell, masked=size.get("S") != 0, **size, **ORDERS[order]))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_random_calls(seed):
+    """Every option and extent at once, drawn; the message names the call."""
+    draw = random.Random(seed)
+    for number in range(12):
+        some = {name: draw.choice((1, 2, 3, 5, 8, 15, 17, 33)) for name in "TBSEHCA"}
+        order, L = draw.choice(list(ORDERS)), draw.choice((1, 1, 2, 3))
+        options = dict(
+            K=draw.choice((None, 1, 7, 16, 40)), L=L, score=draw.choice(("additive", "dot")),
+            residual=draw.random() < 0.3, bias=draw.random() < 0.8, masked=draw.random() < 0.5,
+            scale=draw.choice((0.3, 1.0)), seed=100 * seed + number, **some, **ORDERS[order],
+        )  # fmt: skip
+        if draw.random() < 0.5:
+            options["forced"] = (True, *(draw.random() < 0.5 for _ in range(some["T"] - 1)))
+        check(decoder_case(draw.choice(CELLS), dtype=torch.float64, **options))
+
+
 def test_no_biases_and_given_states_of_every_kind():
     for order in ORDERS.values():
         check(decoder_case("gru", bias=False, **order))
@@ -111,7 +129,7 @@ def test_an_output_layer_that_reads_the_input_too_and_dropout(order, forced, dty
 
     wide = normal(7, weight.shape[1] + 3)
     case = case.to(DTYPES[dtype])
-    plain = case.run(functional).tokens
+    plain, changed = case.run(functional).tokens, False
     for options in (
         {"output": (wide, bias)},
         {"input_factor": 2 * normal(3, 4, 3)},
@@ -119,11 +137,13 @@ def test_an_output_layer_that_reads_the_input_too_and_dropout(order, forced, dty
         {"output": (wide, bias), "input_factor": normal(3, 4, 3)}
         | {"output_factor": normal(3, 4, wide.shape[1])},
     ):
-        case.options.update({"input_factor": None, "output_factor": None}, **options)
+        given = {"output": (weight, bias), "input_factor": None, "output_factor": None}
+        case.options.update(given | options)
         check(case)
         fed = case.run(functional).tokens
         assert torch.equal(fed, case.run(reference)[3])
-        assert not torch.equal(fed, plain) or all(forced)
+        changed |= not torch.equal(fed, plain)
+    assert changed != all(forced)
 
 
 @pytest.mark.parametrize("V", [1, 5, 6, 7, 47, 1000])
