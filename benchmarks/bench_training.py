@@ -144,7 +144,7 @@ def parts(size: tuple) -> dict[str, Callable[[], object]]:
     def loop() -> object:
         fc_was, decoder.fc = decoder.fc, nn.Identity()
         try:
-            found = decoder.decode(tokens, [True] * (S - 1), encoded[1], encoded[2], encoded[0])
+            found = decoder.decode(tokens, None, encoded[1], encoded[2], encoded[0])
         finally:
             decoder.fc = fc_was
         wrt = [p for name, p in decoder.named_parameters() if not name.startswith("fc")]
