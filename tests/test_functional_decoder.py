@@ -356,6 +356,19 @@ class TestOp:
             for name, tensor in results[0].items():
                 assert torch.equal(tensor, other[name]), name
 
+    @pytest.mark.parametrize("precision", ["high", "medium"])
+    def test_float32_is_ieee_float32_under_every_switch(self, precision):
+        case = decoder_case("gru", T=5, B=9, H=40, K=24, after=True)
+        expected = run_with_grads(case.function(functional), case.inputs, case.cotangents)
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision(precision)
+            got = run_with_grads(case.function(functional), case.inputs, case.cotangents)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, got[name]), name
+
     @pytest.mark.parametrize("order", ORDERS)
     def test_opcheck(self, order):
         from fastseq.ops import decoder as op
