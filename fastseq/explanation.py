@@ -12,7 +12,6 @@ from fastseq import backends, functional
 from fastseq.backends import Explanation
 from fastseq.functional import loss
 from fastseq.nn.cells import _FastCell
-from fastseq.nn.decoder import AttentionDecoder
 from fastseq.nn.loss import LinearCrossEntropy
 from fastseq.nn.rnn import _FastLayer
 from fastseq.nn.scores import _Attention
@@ -45,10 +44,6 @@ def explain(target: Callable | torch.nn.Module, *args, **kwargs) -> Explanation:
     if hasattr(target, "explained"):
         # What stands above this module says of itself what it runs.
         return target.explained(*args, **kwargs)
-    if isinstance(target, AttentionDecoder):
-        weights = [w for layer in target.rnn.all_weights for w in layer]
-        values = args[2] if len(args) > 2 else kwargs.get("encoder_outputs", weights[0])
-        return backends.decoder_explanation(target.cell, values, weights)
     if target is functional.attention_decoder:
         return _explain_decoder(*args, **kwargs)
     if isinstance(target, _Attention):

@@ -222,7 +222,7 @@ class AttentionDecoder(nn.Module):
             )
         tokens = start.unsqueeze(1).expand(-1, max_length).contiguous()
         forced = (True, *[False] * max_length)
-        stops = self.explained().backend == "cpu"
+        stops = self.explained(tokens, hx, encoder_outputs).backend != "torch"
         decoded = self._run(
             tokens, hx, encoder_outputs, lengths, mask, forced, end_token if stops else None
         )
@@ -233,13 +233,16 @@ class AttentionDecoder(nn.Module):
         past = ended - (tokens == end_token).long() > 0
         return tokens.masked_fill(past, end_token), weights.masked_fill(past.unsqueeze(2), 0)
 
-    def explained(self, *args: object, **keywords: object) -> Explanation:
-        """What ``fastseq.explain`` says of this module, whatever it would be called with."""
+    def explained(
+        self, input: object = None, hx: object = None, values: Tensor | None = None, *_, **keywords
+    ) -> Explanation:
+        """What ``fastseq.explain`` says of this module, called so."""
         if self.location_conv is not None:
             reason = "the location score needs each step's weights for the next: step by step"
-            return Explanation("AttentionDecoder", "torch", reason)
-        like = self.embedding.weight
-        return backends.recurrent_explanation(self.cell, like, [like], plain=False)
+            return Explanation("attention_decoder", "torch", reason)
+        weights = [w for layer in self.rnn.all_weights for w in layer]
+        values = keywords.get("encoder_outputs", weights[0]) if values is None else values
+        return backends.decoder_explanation(self.cell, values, weights)
 
     def _run(self, tokens, hx, encoder_outputs, lengths, mask, forced, end_token):
         keys = encoder_outputs if self.key is None else self.key(encoder_outputs)

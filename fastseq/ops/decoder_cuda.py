@@ -147,20 +147,28 @@ class _Forward(_Decoder):
 
 
 def _forward(cell, x, tokens, table, forced, h0, c0, keys, values, mask, weights, has_biases, w_q,
-             v, w_c, b_c, feed0, feeds, residual, scale, w_out, b_out, end_token,
-             save):  # fmt: skip
+             v, w_c, b_c, feed0, feeds, residual, scale, w_out, b_out, x_factor, read_factor,
+             end_token, save):  # fmt: skip
     T = (x if tokens is None else tokens).shape[1]
     d = _Forward(cell, T, h0, c0, mask, b_c, keys, values, weights, has_biases, w_q, v, w_c, feeds,
                  residual, scale)  # fmt: skip
     inputs, first = d.rows["input"], d.layers[0]
     if forced is None:
         inputs[:, :, : d.E] = x.transpose(0, 1) if tokens is None else table[tokens.t()]
+        if x_factor is not None:
+            inputs[:, :, : d.E] *= x_factor.transpose(0, 1)
         # What stands beside an input is added step by step.
         sums = _linear(inputs[:, :, : d.E].flatten(0, 1), d.by_x, first.bias)
         sums = sums.unflatten(0, (T, d.B))
 
-    def likeliest() -> Tensor:
-        return _linear(d.features[-1], w_out, b_out).argmax(1)
+    def likeliest(t: int) -> Tensor:
+        """After step t, the last there is."""
+        read = d.features[-1]
+        if w_out.shape[1] > read.shape[1]:
+            read = torch.cat((read, inputs[t, :, : d.E]), 1)
+        if read_factor is not None:
+            read = read * read_factor[:, t]
+        return _linear(read, w_out, b_out).argmax(1)
 
     fed, context, done, before = [], None, None, None
     feed = None
@@ -173,7 +181,7 @@ def _forward(cell, x, tokens, table, forced, h0, c0, keys, values, mask, weights
         if not later:
             token = tokens[:, t]
             if t:
-                found = likeliest()
+                found = likeliest(t - 1)
                 token = torch.where(forced[t], token, found)
                 if end_token >= 0:
                     ends = ~forced[t] & (found == end_token)
@@ -182,6 +190,8 @@ def _forward(cell, x, tokens, table, forced, h0, c0, keys, values, mask, weights
                     before = [state.clone() for state in d.states]
             fed.append(token)
             inputs[t, :, : d.E] = table[token]
+            if x_factor is not None:
+                inputs[t, :, : d.E] *= x_factor[:, t]
         if w_c is None:
             context = d.attend(t, d.hs[-1][0])
         beside = feed if w_c is not None else context
@@ -200,7 +210,8 @@ def _forward(cell, x, tokens, table, forced, h0, c0, keys, values, mask, weights
             d.freeze(done, before)
         feed = d.features[-1] if feeds else None
     if forced is not None and len(forced) > T:
-        fed.append(likeliest() if done is None else likeliest().masked_fill(done, end_token))
+        found = likeliest(T - 1)
+        fed.append(found if done is None else found.masked_fill(done, end_token))
     if later and d.besides:
         inputs[:, :, d.E :] = torch.stack(d.besides)
     width = values.shape[2] if w_c is None else w_c.shape[0]

@@ -100,6 +100,12 @@ def test_as_on_the_cpu(test):
 
 
 @pytest.mark.parametrize("order", on_cpu.ORDERS)
+@pytest.mark.parametrize("forced", [(True,) * 4, (True, False, True, False, False)])
+def test_an_output_layer_that_reads_the_input_too_and_dropout(order, forced):
+    on_cpu.test_an_output_layer_that_reads_the_input_too_and_dropout(order, forced, "f32")
+
+
+@pytest.mark.parametrize("order", on_cpu.ORDERS)
 @torch.no_grad()
 def test_a_sequence_stops_at_its_end_token(order):
     case = decoder_case(
