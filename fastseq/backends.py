@@ -251,9 +251,15 @@ def recurrent_explanation(
     return Explanation(cell, "cpu", _kernel_in_use())
 
 
-def decoder_explanation(cell: str, values: Tensor, params: Sequence[Tensor]) -> Explanation:
-    """What runs a decoder with attention, its layers' weights ``params``, in words."""
+def decoder_explanation(
+    cell: str, values: Tensor, params: Sequence[Tensor], by_steps: bool = False
+) -> Explanation:
+    """What runs a decoder with attention, its layers' weights ``params``, in words; ``by_steps``:
+    one of the location score."""
     op = "attention_decoder"
+    if by_steps:
+        reason = "the location score needs each step's weights for the next: step by step"
+        return Explanation(op, "torch", reason)
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
     obstacle = obstacle or _recurrent_obstacle(cell, values, params, False)
     if obstacle is not None:

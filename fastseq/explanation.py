@@ -75,7 +75,8 @@ def _explain_module(module, input=None, hx=None, lengths=None, resets=None) -> E
 
 
 def _explain_decoder(input, hx, keys, values, params, *, cell="lstm", **kwargs) -> Explanation:
-    return backends.decoder_explanation(cell, values, params)
+    by_steps = kwargs.get("location") is not None
+    return backends.decoder_explanation(cell, values, params, by_steps)
 
 
 def _explain_attention(name, query, keys=None, values=None, *args, **keywords) -> Explanation:

@@ -371,7 +371,7 @@ class Decoder(nn.Module):
             hidden, cell, encoder_outputs, mask: as in :meth:`generate`.
             options: of :func:`fastseq.functional.beams.attention_beams`, which says what returns.
         """
-        if not self._runs_alone(hidden, encoder_outputs):
+        if not (encoder_outputs.is_cpu and self._runs_alone(hidden, encoder_outputs)):
             return None
         return self._loop(attention_beams, encoder_outputs, mask)(
             start,
@@ -384,7 +384,7 @@ class Decoder(nn.Module):
     def _runs_alone(self, hidden: Tensor, encoder_outputs: Tensor) -> bool:
         """Whether decoding without a target is one call of a kernel."""
         obstacle = backends.recurrent_obstacle("lstm", encoder_outputs, (hidden,))
-        return obstacle is None and encoder_outputs.is_cpu and self.picks_in_one_call()
+        return obstacle is None and self.picks_in_one_call()
 
     def picks_in_one_call(self) -> bool:
         """Whether a loop that chooses its own tokens is one call."""

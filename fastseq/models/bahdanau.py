@@ -298,7 +298,7 @@ class Decoder(nn.Module):
             hidden, encoder_outputs, mask: as in :meth:`generate`.
             options: of :func:`fastseq.functional.beams.attention_beams`, which says what returns.
         """
-        if not self._runs_alone(hidden, encoder_outputs):
+        if not (encoder_outputs.is_cpu and self._runs_alone(hidden, encoder_outputs)):
             return None
         attend = self._attend_to(encoder_outputs, mask)
         return self._loop(attention_beams, start, hidden, attend, **self._tables(), **options)
@@ -307,8 +307,7 @@ class Decoder(nn.Module):
         """Whether decoding without a target is one call of a kernel."""
         drops = self.training and (self.dropout.p or self.output_dropout.p)
         obstacle = backends.recurrent_obstacle("gru", encoder_outputs, (hidden,))
-        possible = obstacle is None and encoder_outputs.is_cpu and not drops
-        return possible and self.picks_in_one_call()
+        return not drops and obstacle is None and self.picks_in_one_call()
 
     def picks_in_one_call(self) -> bool:
         """Whether the parts are what :class:`Decoder` made them, so that a loop that chooses its

@@ -238,8 +238,7 @@ class AttentionDecoder(nn.Module):
     ) -> Explanation:
         """What ``fastseq.explain`` says of this module, called so."""
         if self.location_conv is not None:
-            reason = "the location score needs each step's weights for the next: step by step"
-            return Explanation("attention_decoder", "torch", reason)
+            return backends.decoder_explanation(self.cell, self.v, (), by_steps=True)
         weights = [w for layer in self.rnn.all_weights for w in layer]
         values = keywords.get("encoder_outputs", weights[0]) if values is None else values
         return backends.decoder_explanation(self.cell, values, weights)

@@ -127,6 +127,9 @@ def test_it_says_what_it_runs():
     module, *_ = make(score="location")
     said = fastseq.explain(module)
     assert said.backend == "torch" and "step by step" in said.reason
+    i = [torch.zeros(1)] * 5
+    function = fastseq.functional.attention_decoder
+    assert fastseq.explain(function, *i, location=(i, i)) == said
     assert fastseq.explain(make()[0]).backend == ("cpu" if _native.loaded() else "torch")
     with fastseq.use_backend("torch"):
         assert fastseq.explain(make()[0]).backend == "torch"
