@@ -62,7 +62,7 @@ def test_whole_for_any_shape(kind, with_lengths, make_pair):
             check(fast, fn, exact, tokens(B, S), tokens(B, T), 1.0, *lengths)
 
 
-@pytest.mark.parametrize("kind", ["plain", "attention"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_coins_are_tossed_at_each_run(kind, make_pair):
     fast, exact = pairs(make_pair, kind)
     fn = compiled(fast)
@@ -101,7 +101,7 @@ def test_encoders_with_lengths(kind, make_pair):
 
 
 @pytest.mark.parametrize(
-    ("kind", "ratio"), [("plain", 0.5), ("attention", 0.5), ("attention", 1.0), ("bahdanau", 1.0)]
+    ("kind", "ratio"), [("plain", 0.5), ("attention", 0.5), ("bahdanau", 0.5), ("bahdanau", 1.0)]
 )
 def test_exported_for_any_shape(kind, ratio, make_pair):
     fast, _ = pairs(make_pair, kind)
