@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.command import Row, command, milliseconds
+from benchmarks.command import Row, command, milliseconds, step
 from benchmarks.measure import peak_gflops
 from benchmarks.shapes import MODES
 from fastseq import functional
@@ -108,20 +108,6 @@ def verify(case: AttentionCase) -> None:
     """Outputs and every gradient against float64, plain PyTorch being the yardstick."""
     ours, oracle = case.functional(functional), case.functional(scores)
     assert_matches(ours, oracle, oracle, case.inputs, case.cotangents, names=case.names)
-
-
-def step(call: Callable, case: AttentionCase, mode: str) -> Callable[[], object]:
-    """What one sample runs: forward without a graph, or forward and backward."""
-    leaves = [t.clone().requires_grad_(mode == "train") for t in case.inputs.values()]
-
-    def infer() -> object:
-        with torch.no_grad():
-            return call(*leaves)
-
-    def train() -> object:
-        return torch.autograd.grad(call(*leaves), leaves, case.cotangents)
-
-    return train if mode == "train" else infer
 
 
 def compiled(call: Callable, case: AttentionCase, mode: str) -> dict[str, Callable[[], object]]:

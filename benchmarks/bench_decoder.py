@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 import fastseq
-from benchmarks.command import Row, command, milliseconds
+from benchmarks.command import Row, command, milliseconds, step
 from benchmarks.shapes import MODES
 from fastseq import functional
 from fastseq.reference import decoder as reference
@@ -48,20 +48,6 @@ def build(size: tuple[int, ...], order: str, device: str, steps: int | None = No
         options={name: on(value) for name, value in case.options.items()},
         cotangents=[on(t) for t in case.cotangents],
     )
-
-
-def step(call: Callable, case: DecoderCase, mode: str) -> Callable[[], object]:
-    """What one sample runs: forward without a graph, or forward and backward."""
-    leaves = [t.clone().requires_grad_(mode == "train") for t in case.inputs.values()]
-
-    def infer() -> object:
-        with torch.no_grad():
-            return call(*leaves)
-
-    def train() -> object:
-        return torch.autograd.grad(call(*leaves), leaves, case.cotangents)
-
-    return train if mode == "train" else infer
 
 
 def captured(run: Callable[[], object]) -> dict[str, Callable[[], object]]:

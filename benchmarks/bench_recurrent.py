@@ -7,7 +7,6 @@ python -m benchmarks.bench_recurrent [--cells lstm,gru] [--group layers,packed,s
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 from dataclasses import dataclass, field
@@ -19,12 +18,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import baselines, shapes
+from benchmarks.command import RESULTS, write_csv
 from benchmarks.measure import Timing, busy, interleaved, machine, peak_gflops
 from benchmarks.plot import speedups
 from benchmarks.subjects import Subject, subject, verify, verify_results
-from fastseq._files import atomic_write, check_writable
+from fastseq._files import check_writable
 
-RESULTS = Path(__file__).parent / "results"
 # Quartiles this far apart mean that something else was running.
 NOISY = 0.3
 SECONDS, QUICK_SECONDS = 0.5, 0.25
@@ -162,15 +161,6 @@ def measure(m: shapes.Measurement, seconds: float, compile: bool) -> Row:
     return row
 
 
-def write_csv(path: Path, rows: list[Row], about: dict[str, str], peak: float) -> None:
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-        for key, value in about.items():
-            file.write(f"# {key}: {value}\n")
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(row.record(peak, met(row, rows)) for row in rows)
-
-
 def table(group: str, rows: list[Row], peak: float) -> Table:
     """Milliseconds of every side, the ratio against its target, and the part of the peak."""
     known = (*baselines.OTHERS, *baselines.COMPILE)
@@ -279,7 +269,8 @@ def main(argv: list[str] | None = None) -> int:
     everything = len(chosen) == len(list(shapes.measurements()))
     name = "recurrent_cpu" if everything and not arguments.quick else "recurrent_cpu_quick"
     path = arguments.output / name
-    write_csv(path.with_suffix(".csv"), rows, about, peak)
+    records = (row.record(peak, met(row, rows)) for row in rows)
+    write_csv(path.with_suffix(".csv"), COLUMNS, records, about)
     speedups(path.with_suffix(".csv"), path.with_suffix(".png"), "Recurrent layers on the CPU")
     console.print(f"Wrote {path}.csv and .png")
     return 1 if any(row.problem for row in rows) else 0

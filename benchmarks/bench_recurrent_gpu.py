@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,14 +21,13 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 import fastseq
-from benchmarks.command import milliseconds
+from benchmarks.command import RESULTS, milliseconds, write_csv
 from benchmarks.measure import machine
 from fastseq import functional
-from fastseq._files import atomic_write, check_writable
+from fastseq._files import check_writable
 from fastseq.ops import recurrent_cuda
 from fastseq.testing import RecurrentCase, assert_matches, recurrent_case
 
-RESULTS = Path(__file__).parent / "results"
 WAYS = {
     "step": recurrent_cuda.STEP,
     "whole": recurrent_cuda.WHOLE,
@@ -210,17 +208,8 @@ def main(argv: list[str] | None = None) -> int:
             print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
             found.append(row)
             # Kept, should the machine's time be up before the last row.
-            write(arguments.output / "recurrent_gpu.csv", found, about)
+            write_csv(arguments.output / "recurrent_gpu.csv", COLUMNS, found, about)
     return int(any(row["status"] != "ok" for row in found))
-
-
-def write(path: Path, found: list[dict[str, object]], about: dict[str, str]) -> None:
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-        for key, value in about.items():
-            file.write(f"# {key}: {value}\n")
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(found)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import fastseq
 from benchmarks.client_programs import CLIENTS, Client
 from benchmarks.measure import busy, machine
+from fastseq._files import atomic_write
 from fastseq.testing import assert_results_close
 
 RESULTS = Path(__file__).with_name("results") / "clients.csv"
@@ -151,7 +152,7 @@ def main() -> None:
         for row in found:
             print(" ".join(f"{key}={row[key]}" for key in list(row)[3:]), name, flush=True)
     arguments.out.parent.mkdir(exist_ok=True)
-    with open(arguments.out, "w", newline="") as file:
+    with atomic_write(arguments.out) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,7 @@ import torch
 from benchmarks.measure import busy, interleaved, machine
 from fastseq._files import atomic_write, check_writable
 
-__all__ = ["RESULTS", "Row", "command", "milliseconds", "select"]
+__all__ = ["RESULTS", "Row", "command", "milliseconds", "select", "step", "write_csv"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,6 +53,20 @@ def select(sizes: list, chosen: str) -> list:
             raise ValueError(f"expected rows from 1 to {len(sizes)}, got {word.strip()!r}")
         picked.append(sizes[int(word) - 1])
     return picked
+
+
+def step(call: Callable, case: object, mode: str) -> Callable[[], object]:
+    """What one sample runs on a case's inputs: forward without a graph, or forward and backward."""
+    leaves = [t.clone().requires_grad_(mode == "train") for t in case.inputs.values()]
+
+    def infer() -> object:
+        with torch.no_grad():
+            return call(*leaves)
+
+    def train() -> object:
+        return torch.autograd.grad(call(*leaves), leaves, case.cotangents)
+
+    return train if mode == "train" else infer
 
 
 def milliseconds(
@@ -132,13 +146,14 @@ def command(
             records.append(row.record(0.1 if arguments.quick else 0.5))
             print(records[-1], flush=True)
             # Kept, should the machine's time be up before the last row.
-            _write(path, columns, records, ran_on)
+            write_csv(path, columns, records, ran_on)
     return 1 if any(record["status"] != "ok" for record in records) else 0
 
 
-def _write(
-    path: Path, columns: list[str], records: list[dict[str, object]], about: dict[str, str]
+def write_csv(
+    path: Path, columns: list[str], records: Iterable[dict[str, object]], about: dict[str, str]
 ) -> None:
+    """A table, what it is about in comments above it."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         for key, value in about.items():
             file.write(f"# {key}: {value}\n")
