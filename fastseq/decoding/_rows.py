@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastseq.functional.decoder import past_end
 from fastseq.reference.attention import check_lengths, length_mask
 
 __all__ = ["PAD", "Choice", "Rows", "a_token_each", "check_max_length", "decode", "write"]
@@ -86,11 +87,10 @@ class Rows:
         if found is None or end_token is None:
             return found
         tokens, weights = found
-        ended = (tokens == end_token).cumsum(1)
         # What follows a row's first end is padding; steps after the last row's end are cut.
-        steps = int((ended == 0).sum(1).max()) + 1
-        tokens = tokens.masked_fill((ended - (tokens == end_token).long()) > 0, PAD)
-        return tokens[:, :steps], weights[:, :steps]
+        past = past_end(tokens, end_token)
+        steps = int((~past).sum(1).max())
+        return tokens.masked_fill(past, PAD)[:, :steps], weights[:, :steps]
 
     def search(self, start: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor] | None:
         """Tokens, scores and lengths of a beam search, by the decoder itself; None where it has no

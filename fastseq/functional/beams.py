@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastseq.functional.decoder import _NATIVE, check_decoder
+from fastseq.functional.decoder import check_decoder, widening
 from fastseq.ops.decoder import DECODER_CELLS
 from fastseq.ops.decoder_beams import attention_decoder_beams
 
@@ -83,9 +83,7 @@ def attention_beams(
         raise ValueError(
             f"{op}: expected eos in 0..{V - 1}, got {sorted(set(ends.flatten().tolist()))}"
         )
-    wide = (
-        (lambda t: t) if values.dtype in _NATIVE else (lambda t: None if t is None else t.float())
-    )
+    wide = widening(values.dtype)
     w_c, b_c = (None, None) if combine is None else combine
     h0, *c0 = map(wide, hx)
     tokens, scores, lengths = attention_decoder_beams(

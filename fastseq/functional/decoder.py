@@ -6,7 +6,7 @@ of queries and keys, C of values and contexts, A of the attentional vector, V vo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -162,8 +162,7 @@ def attention_decoder(
             input, hx, keys, values, params, mask=mask, **arguments
         )
         return Decoded(*found)
-    dtype = values.dtype
-    wide = (lambda t: t) if dtype in _NATIVE else (lambda t: None if t is None else t.float())
+    dtype, wide = values.dtype, widening(values.dtype)
     tokens = None if input.is_floating_point() else input
     w_out, b_out = (None, None) if output is None or forced is None else output
     settings = _op.Settings(
@@ -192,6 +191,26 @@ def attention_decoder(
 
 
 _OP = "fastseq.attention_decoder"
+
+
+def from_start(start: Tensor, steps: int) -> dict[str, object]:
+    """``input`` and ``forced`` of a loop that writes ``steps`` tokens of its own after ``start``
+    [B]."""
+    tokens = start.unsqueeze(1).expand(-1, steps).contiguous()
+    return {"input": tokens, "forced": (True, *[False] * steps)}
+
+
+def past_end(tokens: Tensor, end_token: int) -> Tensor:
+    """Where of tokens [B, N] a row has ended before: what stands behind its first end."""
+    ends = tokens == end_token
+    return ends.cumsum(1) - ends.long() > 0
+
+
+def widening(dtype: torch.dtype) -> Callable[[Tensor | None], Tensor | None]:
+    """What takes a tensor of this dtype, or None, to the dtype it is computed in."""
+    return (lambda t: t) if dtype in _NATIVE else (lambda t: None if t is None else t.float())
+
+
 _NATIVE = (torch.float32, torch.float64)
 _FLOATING = (*_NATIVE, torch.bfloat16, torch.float16)
 

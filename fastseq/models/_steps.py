@@ -51,6 +51,11 @@ def fed(t: int, trg: Tensor, forced: Forced | None, likeliest: Callable[[], Tens
     return token if forced[t] else likeliest()
 
 
+def tables(decoder: nn.Module) -> dict[str, object]:
+    """What a loop that chooses its own tokens needs beside them."""
+    return {"embedding": decoder.embedding.weight, "output": (decoder.fc.weight, decoder.fc.bias)}
+
+
 def in_halves(fc: nn.Module, features: Tensor) -> Tensor:
     """Logits [B, N, V] of features [B, N, F], in two calls: the longer the one sum over all tokens,
     the worse the layer's gradients. By sources where there are several, so that each half, and its

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastseq import backends, nn
 from fastseq.functional.beams import attention_beams
-from fastseq.functional.decoder import attention_decoder
+from fastseq.functional.decoder import attention_decoder, from_start
 from fastseq.models._steps import (
     Forced,
     after_start,
@@ -34,6 +34,7 @@ from fastseq.models._steps import (
     in_halves,
     is_lookup,
     is_one_layer,
+    tables,
 )
 from fastseq.reference.attention import check_lengths, check_mask, length_mask
 
@@ -308,9 +309,7 @@ class Decoder(nn.Module):
         if forced is None:
             return run(embed(self.embedding, tokens, where), state).features
         if self._in_one_call(False):
-            output = (self.fc.weight, self.fc.bias)
-            table = self.embedding.weight
-            return run(tokens, state, embedding=table, forced=forced, output=output).features
+            return run(tokens, state, forced=forced, **tables(self)).features
         found: list[Tensor] = []
         for t in range(tokens.shape[1]):
             with torch.no_grad():
@@ -346,12 +345,7 @@ class Decoder(nn.Module):
         if not self._runs_alone(hidden, encoder_outputs):
             return None
         decoded = self._loop(attention_decoder, encoder_outputs, mask)(
-            start.unsqueeze(1).expand(-1, max_length).contiguous(),
-            (hidden, cell),
-            embedding=self.embedding.weight,
-            forced=(True, *[False] * max_length),
-            output=(self.fc.weight, self.fc.bias),
-            end_token=end_token,
+            hx=(hidden, cell), end_token=end_token, **from_start(start, max_length), **tables(self)
         )
         return decoded.tokens[:, 1:], decoded.weights
 
@@ -374,11 +368,7 @@ class Decoder(nn.Module):
         if not (encoder_outputs.is_cpu and self._runs_alone(hidden, encoder_outputs)):
             return None
         return self._loop(attention_beams, encoder_outputs, mask)(
-            start,
-            (hidden, cell),
-            embedding=self.embedding.weight,
-            output=(self.fc.weight, self.fc.bias),
-            **options,
+            start, (hidden, cell), **tables(self), **options
         )
 
     def _runs_alone(self, hidden: Tensor, encoder_outputs: Tensor) -> bool:

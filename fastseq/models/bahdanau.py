@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fastseq import backends, nn
 from fastseq.functional import additive_attention
 from fastseq.functional.beams import attention_beams
-from fastseq.functional.decoder import Decoded, attention_decoder
+from fastseq.functional.decoder import Decoded, attention_decoder, from_start
 from fastseq.models._steps import (
     Forced,
     after_start,
@@ -35,6 +35,7 @@ from fastseq.models._steps import (
     in_halves,
     is_lookup,
     is_one_layer,
+    tables,
 )
 from fastseq.models.attention import _unless_full, beams
 from fastseq.reference.attention import check_mask, length_mask
@@ -237,7 +238,7 @@ class Decoder(nn.Module):
             else:
                 more = {"forced": forced, "input_factor": kept_emb, "output_factor": kept}
                 decoded = self._loop(
-                    attention_decoder, tokens, hidden, attend, **more, **self._tables()
+                    attention_decoder, tokens, hidden, attend, **more, **tables(self)
                 )
                 emb = self.embedding(decoded.tokens)
                 emb = emb if kept_emb is None else emb * kept_emb
@@ -277,10 +278,8 @@ class Decoder(nn.Module):
         if not self._runs_alone(hidden, encoder_outputs):
             return None
         attend = self._attend_to(encoder_outputs, mask)
-        tokens = start.unsqueeze(1).expand(-1, max_length).contiguous()
-        forced = (True, *[False] * max_length)
-        more = {"forced": forced, "end_token": end_token, **self._tables()}
-        decoded = self._loop(attention_decoder, tokens, hidden, attend, **more)
+        more = {"end_token": end_token, **from_start(start, max_length), **tables(self)}
+        decoded = self._loop(attention_decoder, hidden=hidden, attend=attend, **more)
         return decoded.tokens[:, 1:], decoded.weights
 
     def search(
@@ -301,7 +300,7 @@ class Decoder(nn.Module):
         if not (encoder_outputs.is_cpu and self._runs_alone(hidden, encoder_outputs)):
             return None
         attend = self._attend_to(encoder_outputs, mask)
-        return self._loop(attention_beams, start, hidden, attend, **self._tables(), **options)
+        return self._loop(attention_beams, start, hidden, attend, **tables(self), **options)
 
     def _runs_alone(self, hidden: Tensor, encoder_outputs: Tensor) -> bool:
         """Whether decoding without a target is one call of a kernel."""
@@ -325,11 +324,6 @@ class Decoder(nn.Module):
         return computes_as(attention, Attention) and all(
             computes_as(layer, nn.Linear) for layer in (attention.attn, attention.v)
         )
-
-    def _tables(self) -> dict[str, object]:
-        """What a loop of tokens needs beside them."""
-        output = self.fc.weight, self.fc.bias
-        return {"embedding": self.embedding.weight, "output": output}
 
     def _loop(
         self, function: Callable, input: Tensor, hidden: Tensor, attend: _Source, **more: object

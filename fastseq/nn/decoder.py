@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastseq import backends
 from fastseq.backends import Explanation
 from fastseq.functional import attention_decoder
+from fastseq.functional.decoder import from_start, past_end
 from fastseq.nn.rnn import GRU, LSTM, RNN
 
 __all__ = ["AttentionDecoder"]
@@ -187,8 +188,7 @@ class AttentionDecoder(nn.Module):
 
         Arguments, further results and errors are those of :meth:`forward`.
         """
-        decoded = self._run(tokens, hx, encoder_outputs, lengths, mask, forced, None)
-        return decoded[:3]
+        return self._run(tokens, hx, encoder_outputs, lengths, mask, forced)[:3]
 
     @torch.no_grad()
     def generate(
@@ -220,17 +220,19 @@ class AttentionDecoder(nn.Module):
             raise ValueError(
                 f"fastseq.AttentionDecoder: expected max_length of at least 1, got {max_length}"
             )
-        tokens = start.unsqueeze(1).expand(-1, max_length).contiguous()
-        forced = (True, *[False] * max_length)
-        stops = self.explained(tokens, hx, encoder_outputs).backend != "torch"
+        stops = self.explained(start, hx, encoder_outputs).backend != "torch"
         decoded = self._run(
-            tokens, hx, encoder_outputs, lengths, mask, forced, end_token if stops else None
+            hx=hx,
+            encoder_outputs=encoder_outputs,
+            lengths=lengths,
+            mask=mask,
+            end_token=end_token if stops else None,
+            **from_start(start, max_length),
         )
         tokens, weights = decoded.tokens[:, 1:], decoded.weights
         if end_token is None or stops:
             return tokens, weights
-        ended = (tokens == end_token).cumsum(1)
-        past = ended - (tokens == end_token).long() > 0
+        past = past_end(tokens, end_token)
         return tokens.masked_fill(past, end_token), weights.masked_fill(past.unsqueeze(2), 0)
 
     def explained(
@@ -243,7 +245,7 @@ class AttentionDecoder(nn.Module):
         values = keywords.get("encoder_outputs", weights[0]) if values is None else values
         return backends.decoder_explanation(self.cell, values, weights)
 
-    def _run(self, tokens, hx, encoder_outputs, lengths, mask, forced, end_token):
+    def _run(self, input, hx, encoder_outputs, lengths, mask, forced, end_token=None):
         keys = encoder_outputs if self.key is None else self.key(encoder_outputs)
         weights = [w for layer in self.rnn.all_weights for w in layer]
         location = None
@@ -251,7 +253,7 @@ class AttentionDecoder(nn.Module):
             location = self.location_conv.weight, self.location_proj.weight
         combine = None if self.combine is None else (self.combine.weight, self.combine.bias)
         return attention_decoder(
-            tokens,
+            input,
             (hx,) if isinstance(hx, Tensor) else tuple(hx),
             keys,
             encoder_outputs,
