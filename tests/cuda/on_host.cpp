@@ -183,12 +183,12 @@ extern "C" __attribute__((visibility("default"))) void fastseq_device(int proces
 namespace fastseq {
 namespace cuda {
 
-template <class Cell, class T>
-const char* step_forward(const Forward<T>& a, int64_t t, void*) {
+// f(row, unit, how many units from it on) of all there are.
+template <class T, class Pass, class F>
+const char* each_step(const Pass& a, const F& f) {
   const auto run = [&](auto n) {
     constexpr int N = decltype(n)::value;
-    each_of_grid(a.walk.H / N, a.walk.B,
-                 [&](int64_t b, int64_t i) { forward_step<Cell, T, N>(a, t, b, i * N); });
+    each_of_grid(a.walk.H / N, a.walk.B, [&](int64_t b, int64_t i) { f(b, i * N, n); });
   };
   if (a.walk.B == 0 || a.walk.H == 0) return nullptr;
   if (sizeof(T) <= 4 && by_four(a)) {
@@ -200,19 +200,17 @@ const char* step_forward(const Forward<T>& a, int64_t t, void*) {
 }
 
 template <class Cell, class T>
+const char* step_forward(const Forward<T>& a, int64_t t, void*) {
+  return each_step<T>(a, [&](int64_t b, int64_t u, auto n) {
+    forward_step<Cell, T, decltype(n)::value>(a, t, b, u);
+  });
+}
+
+template <class Cell, class T>
 const char* step_backward(const Backward<T>& a, int64_t t, bool initial, void*) {
-  const auto run = [&](auto n) {
-    constexpr int N = decltype(n)::value;
-    each_of_grid(a.walk.H / N, a.walk.B,
-                 [&](int64_t b, int64_t i) { backward_step<Cell, T, N>(a, t, initial, b, i * N); });
-  };
-  if (a.walk.B == 0 || a.walk.H == 0) return nullptr;
-  if (sizeof(T) <= 4 && by_four(a)) {
-    run(std::integral_constant<int, 4>{});
-  } else {
-    run(std::integral_constant<int, 1>{});
-  }
-  return nullptr;
+  return each_step<T>(a, [&](int64_t b, int64_t u, auto n) {
+    backward_step<Cell, T, decltype(n)::value>(a, t, initial, b, u);
+  });
 }
 
 // f(row, block, shared memory) of each row, its memory as whole.h's.

@@ -103,15 +103,8 @@ struct GridBlock {
     h = reinterpret_cast<A*>(memory + at.h);
     c = reinterpret_cast<A*>(memory + at.c);
   }
-  // Steps of the longest sequence of the tile: the same for all blocks that meet.
-  FASTSEQ_BOTH int64_t steps() const {
-    int64_t most = 0;
-    FASTSEQ_ROLLED
-    for (int r = 0; r < rows; ++r) {
-      most = walk.length(row0 + r) > most ? walk.length(row0 + r) : most;
-    }
-    return most;
-  }
+  // The same for all blocks that meet.
+  FASTSEQ_BOTH int64_t steps() const { return walk.longest(row0, rows); }
   FASTSEQ_BOTH int chunks() const { return (rows + R - 1) / R; }
   FASTSEQ_BOTH T* exchanged(int64_t buffer, int64_t b) const {
     return exchange + ((buffer & 1) * walk.B + b) * plan.row;

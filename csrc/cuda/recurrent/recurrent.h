@@ -32,6 +32,13 @@ struct Walk {
 
   FASTSEQ_BOTH int64_t token(int64_t t, int64_t b) const { return (first ? first[t] : t * B) + b; }
   FASTSEQ_BOTH int64_t length(int64_t b) const { return lengths ? lengths[b] : T; }
+  // Steps of the longest of some rows.
+  FASTSEQ_BOTH int64_t longest(int64_t row0, int rows) const {
+    int64_t most = 0;
+    FASTSEQ_ROLLED
+    for (int r = 0; r < rows; ++r) most = length(row0 + r) > most ? length(row0 + r) : most;
+    return most;
+  }
   FASTSEQ_BOTH bool runs(int64_t t, int64_t b) const { return t >= 0 && t < length(b); }
   FASTSEQ_BOTH int64_t before(int64_t t) const { return reverse ? t + 1 : t - 1; }
   FASTSEQ_BOTH int64_t after(int64_t t) const { return reverse ? t - 1 : t + 1; }

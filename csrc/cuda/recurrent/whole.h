@@ -90,14 +90,6 @@ struct WholeBlock {
     c = reinterpret_cast<A*>(memory + at.c);
     carry = reinterpret_cast<A*>(memory + at.carry);
   }
-  // Steps of the longest row.
-  FASTSEQ_BOTH int64_t steps() const {
-    int64_t most = 0;
-    for (int r = 0; r < rows; ++r) {
-      most = walk.length(row0 + r) > most ? walk.length(row0 + r) : most;
-    }
-    return most;
-  }
   // f(row, unit) for this thread's share of all.
   template <class F>
   FASTSEQ_BOTH void for_units(int thread, const F& f) const {
@@ -124,7 +116,7 @@ struct WholeForward : WholeBlock<Cell, T, R> {
 
   template <class Block>
   FASTSEQ_BOTH void run(const Block& block) {
-    const int64_t steps = this->steps();
+    const int64_t steps = this->walk.longest(this->row0, this->rows);
     block.each([&](int thread) { begin(thread); });
     for (int64_t i = 0; i < steps; ++i) {
       const int64_t t = this->walk.reverse ? steps - 1 - i : i;
@@ -222,7 +214,7 @@ struct WholeBackward : WholeBlock<Cell, T, R> {
 
   template <class Block>
   FASTSEQ_BOTH void run(const Block& block) {
-    const int64_t steps = this->steps();
+    const int64_t steps = this->walk.longest(this->row0, this->rows);
     block.each([&](int thread) { begin(thread); });
     for (int64_t i = 0; i < steps; ++i) {
       const int64_t t = this->walk.reverse ? i : steps - 1 - i;

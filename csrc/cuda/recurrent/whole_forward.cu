@@ -1,29 +1,14 @@
 // The `whole` kernels of the forward pass.
-#include "../support/launch.cuh"
-#include "launch.h"
-#include "whole.h"
+#include "whole.cuh"
 
 namespace fastseq {
 namespace cuda {
 
 namespace {
 
-template <class T>
-struct Sides {
-  Forward<T> of[2];
-};
-
-struct DeviceBlock {
-  template <class F>
-  __device__ __forceinline__ void each(const F& f) const {
-    f(int(threadIdx.x));
-    __syncthreads();
-  }
-};
-
 template <class Cell, class T, int R>
 __global__ void __launch_bounds__(kWholeThreads, 1)
-    whole_forward_kernel(const __grid_constant__ Sides<T> sides,
+    whole_forward_kernel(const __grid_constant__ Sides<Forward<T>> sides,
                          const __grid_constant__ WholePlan plan) {
   extern __shared__ __align__(16) char memory[];
   WholeForward<Cell, T, R>(sides.of[blockIdx.y], plan, blockIdx.x, memory).run(DeviceBlock{});
@@ -33,13 +18,8 @@ __global__ void __launch_bounds__(kWholeThreads, 1)
 
 template <class Cell, class T>
 const char* whole_forward(const Forward<T>* sides, int D, const WholePlan& plan, void* stream) {
-  const int64_t blocks = (sides[0].walk.B + plan.rows - 1) / plan.rows;
-  if (blocks == 0) return nullptr;
-  const Sides<T> both{{sides[0], sides[D - 1]}};
-  return with_rows(plan.rows, [&](auto rows) {
-    return launch(whole_forward_kernel<Cell, T, decltype(rows)::value>,
-                  dim3(unsigned(blocks), unsigned(D)), dim3(unsigned(plan.threads)), plan.shared,
-                  stream, both, plan);
+  return launch_whole(sides, D, plan, stream, [](auto rows) {
+    return whole_forward_kernel<Cell, T, decltype(rows)::value>;
   });
 }
 
