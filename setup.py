@@ -4,7 +4,8 @@ The library uses torch's stable ABI and no Python API: one file serves every Pyt
 from TORCH_TARGET on. Without a compiler or torch headers the package installs all the same, and
 runs on plain PyTorch. With CUDA's compiler, nvcc, it holds the GPU's kernels too; that takes
 neither a GPU nor a CUDA build of torch. Environment: CXX, CXXFLAGS, NVCC; FASTSEQ_CUDA=0 leaves out
-what is for a GPU; FASTSEQ_REQUIRE_NATIVE=1 makes a failed build an error.
+what is for a GPU; FASTSEQ_ISAS="scalar avx512" builds for these only; FASTSEQ_REQUIRE_NATIVE=1
+makes a failed build an error.
 """
 
 import os
@@ -104,8 +105,11 @@ class NinjaBuild(build_ext):
     @staticmethod
     def usable_isas(cxx: str, left_out: list[str]) -> list[str]:
         usable = []
+        wanted = os.environ.get("FASTSEQ_ISAS", "").split() or list(ISA_FLAGS)
         for isa, flags in ISA_FLAGS.items():
-            if flags and platform.machine().lower() not in ("x86_64", "amd64"):
+            if isa not in wanted:
+                left_out.append(f"{isa}: not among FASTSEQ_ISAS")
+            elif flags and platform.machine().lower() not in ("x86_64", "amd64"):
                 left_out.append(f"{isa}: not an x86-64 machine")
             elif not compiles(cxx, flags):
                 left_out.append(f"{isa}: the compiler does not know {' '.join(flags)}")
