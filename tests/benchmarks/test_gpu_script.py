@@ -16,15 +16,15 @@ PARTS = [
     "doctor",
     "tests",
     "recurrent tests",
+    "memcheck",
+    "recurrent memcheck",
+    "racecheck",
+    "recurrent racecheck",
+    "synccheck",
+    "recurrent synccheck",
     "recurrent",
     "decoder",
     "attention",
-    "memcheck",
-    "racecheck",
-    "synccheck",
-    "recurrent memcheck",
-    "recurrent racecheck",
-    "recurrent synccheck",
     "loss",
     "decoding",
     "tiles",
@@ -74,6 +74,14 @@ def test_a_part_that_fails_stops_no_other(run):
     done, _, summary = run(bad="bench_attention")
     assert done.returncode == 1 and list(summary) == PARTS
     assert [name for name, said in summary.items() if "FAILED: 3" in said] == ["attention"]
+
+
+def test_a_part_beside_others_that_fails_or_takes_too_long_is_told_of(run):
+    done, _, summary = run(bad="racecheck", slow="test_build.py", seconds=3)
+    assert done.returncode == 1 and list(summary) == PARTS
+    assert all("FAILED: 3" in summary[name] for name in ("racecheck", "recurrent racecheck"))
+    assert "FAILED: more than" in summary["recurrent tests"]
+    assert summary["tests"].startswith("ok") and summary["memcheck"].startswith("ok")
 
 
 def test_without_a_compiler_the_rest_runs_all_the_same(run):

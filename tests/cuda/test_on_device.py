@@ -64,6 +64,18 @@ def test_small(way, cell, form):
     check(case_of(cell, form, 8), way)
 
 
+@pytest.mark.parametrize("form", ["both directions", "resets, lengths", "packed"])
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+def test_sanitized(way, cell, form):
+    """For compute-sanitizer: our kernels alone, each with rows of four units and of odd ones."""
+    recurrent_cuda.way = way
+    for H, dtype in ((8, torch.float32), (33, torch.bfloat16)):
+        case = case_of(cell, form, H, dtype)
+        found = run_with_grads(ours(case), case.inputs, case.cotangents, names=case.names)
+        assert found
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
