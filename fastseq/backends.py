@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
@@ -89,6 +90,13 @@ def recurrent_obstacle(cell: str, x: Tensor, params: Sequence[Tensor]) -> str | 
     return None if obstacle is None else refuse(cell, obstacle)
 
 
+@functools.cache
+def bfloat16_units() -> tuple[str, ...]:
+    """The instructions by which this CPU multiplies bfloat16, the fastest first."""
+    has = {"AMX": "_is_amx_tile_supported", "AVX-512 BF16": "_is_avx512_bf16_supported"}
+    return tuple(name for name, asked in has.items() if getattr(torch.cpu, asked, bool)())
+
+
 def torch_is_faster(cell: str, x: Tensor, one_step: bool = False) -> str | None:
     """Why a call both could run is left to torch; None where the kernel is to run it.
 
@@ -99,9 +107,13 @@ def torch_is_faster(cell: str, x: Tensor, one_step: bool = False) -> str | None:
     """
     if torch.compiler.is_compiling() or _forced.get() in ("cpu", "cuda") or x.is_cuda:
         return None
-    # Measured, benchmarks/results/recurrent_cpu.csv: oneDNN uses bfloat16 instructions.
-    if cell == "lstm" and x.dtype is torch.bfloat16 and not one_step and x.numel():
-        return "torch's LSTM is faster in bfloat16"
+    if cell == "lstm" and not one_step and x.numel():
+        lowered = x.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if lowered else x.dtype
+        # oneDNN multiplies bfloat16 as it stands then; else it takes three times what the kernels
+        # need in float32, conversions included.
+        if dtype is torch.bfloat16 and (units := bfloat16_units()):
+            return f"torch's LSTM is faster in bfloat16 on a CPU with {units[0]}"
     # A step packs the weights anew: for few rows that costs more than the step.
     if one_step and x.shape[0] <= 4 and x.shape[-1] > 64:
         return "torch's cell is faster for so few rows"

@@ -8,7 +8,7 @@ import platform
 import torch
 
 import fastseq
-from fastseq import _native
+from fastseq import _native, backends
 
 __all__ = ["report"]
 
@@ -39,7 +39,12 @@ def report() -> tuple[list[tuple[str, str]], bool]:
             ("", f"of these this machine has: {', '.join(_native.available_isas())}"),
             ("", f"in use: {_native.isa()} ({_native.isa_reason()})"),
         ]
-    return [*rows, ("threads", _threads()), ("gpu", _gpu())], loaded
+    rows += [
+        ("bfloat16 instructions", ", ".join(backends.bfloat16_units()) or "none"),
+        ("threads", _threads()),
+        ("gpu", _gpu()),
+    ]
+    return rows, loaded
 
 
 def _cuda_kernels() -> str:

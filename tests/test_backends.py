@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 import fastseq
-from fastseq import _native, functional, nn
+from fastseq import _native, backends, functional, nn
+from fastseq.functional import rnn
 from fastseq.testing import lstm_case
 
 native = pytest.mark.skipif(not _native.loaded(), reason=str(_native.why_not_loaded()))
@@ -29,7 +31,7 @@ CALLS = {
     "stacked": (dict(num_layers=2, dropout=0.3, bidirectional=True), "cpu", ""),
     "no bias": (dict(bias=False, batch_first=True), "cpu", ""),
     "projected": (dict(proj_size=3), "cpu", ""),
-    "bfloat16": (dict(dtype=torch.bfloat16), "torch", "bfloat16"),
+    "bfloat16": (dict(dtype=torch.bfloat16), "cpu", ""),
     "float16": (dict(dtype=torch.float16), "cpu", ""),
     "meta": (dict(device="meta"), "torch", "meta"),
 }
@@ -63,8 +65,9 @@ BEYOND_TORCH = [dict(lengths=torch.tensor([5, 1, 0])), dict(resets=torch.zeros(5
 
 @native
 @pytest.mark.parametrize("proj_size", [0, 3])
-def test_explain_of_what_torch_could_not_run(proj_size):
-    """torch's bfloat16 LSTM is faster, but knows none of these."""
+def test_explain_of_what_torch_could_not_run(proj_size, monkeypatch):
+    """torch's bfloat16 LSTM may be faster, but knows none of these."""
+    monkeypatch.setattr(backends, "bfloat16_units", lambda: ("AMX",))
     module, x = lstm_and_input(torch.bfloat16, proj_size=proj_size)
     weights = list(module.parameters())
     for more in (*BEYOND_TORCH, dict(zoneout=0.1), dict(zoneout=(0.0, 0.1))):
@@ -93,11 +96,51 @@ def test_explain_of_attention():
 
 
 @native
-def test_explain_under_autocast():
-    module, x = lstm_and_input()
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("units", [(), ("AMX", "AVX-512 BF16")], ids=str)
+def test_bfloat16_lstm_goes_to_torch_where_the_cpu_multiplies_it(units, autocast, monkeypatch):
+    monkeypatch.setattr(backends, "bfloat16_units", lambda: units)
+    module, x = lstm_and_input(torch.float32 if autocast else torch.bfloat16)
+    theirs = torch.nn.LSTM(4, 6, dtype=x.dtype)
+    theirs.load_state_dict(module.state_dict())
+    weights = list(module.parameters())
+    run = []
+    for name in ("stack", "_by_torch"):
+        fn = getattr(rnn, name)
+        monkeypatch.setattr(rnn, name, lambda *a, n=name, f=fn, **k: run.append(n) or f(*a, **k))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        said = fastseq.explain(module, x)
+        found, expected = module(x), theirs(x)
+        functional.lstm(x, None, weights)
+        with fastseq.use_backend("cpu"):
+            assert fastseq.explain(module, x).backend == "cpu"
+    assert found[0].dtype == expected[0].dtype
+    if units:
+        assert said.backend == "torch" and "AMX" in str(said)
+        assert torch.equal(found[0], expected[0]) and run == ["_by_torch"]
+    else:
+        assert said.backend == "cpu" and run == ["stack"]
+
+
+@native
+def test_only_the_bfloat16_lstm_layer_goes_to_torch(monkeypatch):
+    monkeypatch.setattr(backends, "bfloat16_units", lambda: ("AMX",))
+    module, x = lstm_and_input(torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        explanation = fastseq.explain(module, x)
-    assert explanation.backend == "cpu"
+        assert fastseq.explain(module, x).backend == "cpu"
+        assert fastseq.explain(nn.GRU(4, 6)).backend == "cpu"
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert fastseq.explain(nn.LSTM(4, 6)).backend == "cpu"
+    assert fastseq.explain(nn.LSTM(4, 6)).backend == "cpu"
+    assert fastseq.explain(nn.LSTMCell(4, 6, dtype=torch.bfloat16)).backend == "cpu"
+
+
+def test_bfloat16_units_are_what_torch_finds(monkeypatch):
+    for amx, avx512 in itertools.product([False, True], repeat=2):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512: has)
+        expected = ("AMX",) * amx + ("AVX-512 BF16",) * avx512
+        assert backends.bfloat16_units.__wrapped__() == expected
 
 
 def test_explain_computes_nothing():
@@ -131,9 +174,8 @@ def test_torch_backend_is_torchs_bits():
 
 @native
 @pytest.mark.parametrize(
-    # Of what the kernel could run and torch runs faster, "cpu" runs the kernel.
     "name",
-    [name for name, call in CALLS.items() if call[1] == "torch" and name != "bfloat16"],
+    [name for name, call in CALLS.items() if call[1] == "torch"],
 )
 def test_a_forced_backend_that_cannot_run_raises_the_sentence(name):
     options, _, said = CALLS[name]

@@ -6,7 +6,7 @@ import torch
 from typer.testing import CliRunner
 
 import fastseq
-from fastseq import _native, doctor
+from fastseq import _native, backends, doctor
 from fastseq.cli import app
 
 
@@ -31,6 +31,12 @@ def test_names_versions_threads_and_gpu(monkeypatch):
 def test_triton_missing_or_broken(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert facts()["triton"] == "not installed"
+
+
+def test_bfloat16_instructions(monkeypatch):
+    for units, said in {(): "none", ("AMX", "AVX-512 BF16"): "AMX, AVX-512 BF16"}.items():
+        monkeypatch.setattr(backends, "bfloat16_units", lambda units=units: units)
+        assert facts()["bfloat16 instructions"] == said
 
 
 def test_a_library_that_does_not_load_is_said_and_fails(monkeypatch):
