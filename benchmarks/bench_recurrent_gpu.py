@@ -1,16 +1,18 @@
 """Recurrent layers on a GPU against cuDNN: every row checked, timed, then recorded.
 
-python -m benchmarks.bench_recurrent_gpu [--quick] [--output FOLDER]
+python -m benchmarks.bench_recurrent_gpu [--quick] [--output FOLDER] [--table FILE]
 
 All sides in turn, by CUDA events: torch (cuDNN on weights in one piece, the algorithm its own
 choice, TF32 as the row says) and the ways of csrc/cuda, each where it serves. ``cudnn`` is the
-kernel that cuDNN spent most time in, by torch's profiler: its name tells the algorithm.
+kernel that cuDNN spent most time in, by torch's profiler: its name tells the algorithm. --table
+writes what fastseq chooses by (fastseq/ops/measured_cuda.py), other devices' rows kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,8 +26,8 @@ import fastseq
 from benchmarks.command import RESULTS, milliseconds, write_csv
 from benchmarks.measure import machine
 from fastseq import functional
-from fastseq._files import check_writable
-from fastseq.ops import recurrent_cuda
+from fastseq._files import atomic_write, check_writable
+from fastseq.ops import measured_cuda, recurrent_cuda
 from fastseq.testing import RecurrentCase, assert_matches, recurrent_case
 
 WAYS = {
@@ -129,36 +131,40 @@ def tf32_products(allowed: bool) -> Iterator[None]:
         matmul.allow_tf32 = before
 
 
+def wrong(short: RecurrentCase, way: str) -> str | None:
+    """What is wrong with what one way gives; "" where it does not serve such a size."""
+    try:
+        assert_matches(
+            by_kernels(short, way),
+            short.reference(),
+            short.module(LAYERS[short.cell]),
+            short.inputs,
+            short.cotangents,
+        )
+    except AssertionError as error:
+        return str(error)
+    except RuntimeError as error:
+        if "expected weights of" not in str(error):
+            raise
+        return ""
+    return None
+
+
 def measure(
-    case: RecurrentCase, short: RecurrentCase, mode: str, seconds: float, tf32: bool
+    case: RecurrentCase, ways: list[str], mode: str, seconds: float, tf32: bool
 ) -> dict[str, object]:
-    """Check what ours give on a short case of the same size, then time all."""
-    row: dict[str, object] = {"status": "ok"}
+    """Times of torch's layer and of ours, each way that serves."""
     states = len(case.names) - 1
     timed = {"torch": sample(*torchs(case, states), case, mode)}
-    for way in WAYS:
-        try:
-            assert_matches(
-                by_kernels(short, way),
-                short.reference(),
-                short.module(LAYERS[case.cell]),
-                short.inputs,
-                short.cotangents,
-            )
-        except AssertionError as error:
-            return row | {"status": f"{way} is wrong: {error}"}
-        except RuntimeError as error:
-            if "expected weights of" not in str(error):
-                raise
-            continue
+    for way in ways:
         leaves = [t.detach().clone() for t in case.inputs.values()]
         timed[way] = sample(by_kernels(case, way), leaves, case, mode)
     with tf32_products(tf32):
         times = milliseconds(timed, "cuda", seconds)
         cudnn = busiest(timed["torch"])
-    row |= {f"{name}_ms": f"{ms:.4f}" for name, ms in times.items()}
+    row = {f"{name}_ms": f"{ms:.4f}" for name, ms in times.items()}
     ours = min(ms for name, ms in times.items() if name != "torch")
-    return row | {"ratio": f"{times['torch'] / ours:.2f}", "cudnn": cudnn}
+    return row | {"status": "ok", "ratio": f"{times['torch'] / ours:.2f}", "cudnn": cudnn}
 
 
 def busiest(run: Callable[[], object]) -> str:
@@ -183,9 +189,28 @@ def rows(quick: bool, seconds: float) -> Iterator[dict[str, object]]:
         case = build(cell, size, form, DTYPES[dtype])
         short = build(cell, (SHORT, *size[1:]), form, DTYPES[dtype])
         about = dict(zip("TBIH", size, strict=True), cell=cell, form=form, dtype=dtype)
+        errors = {way: wrong(short, way) for way in WAYS}
+        said = "; ".join(f"{way} is wrong: {error}" for way, error in errors.items() if error)
+        serve = [way for way, error in errors.items() if error is None]
         for mode in ("train", "inf"):
-            found = measure(case, short, mode, seconds, dtype == "tf32")
+            found = (
+                {"status": said} if said else measure(case, serve, mode, seconds, dtype == "tf32")
+            )
             yield about | {"mode": mode} | found
+
+
+def write_table(path: Path, device: str, found: list[dict[str, object]]) -> None:
+    """The rows as fastseq/ops/measured_cuda.py reads them, those of this device in place of what
+    the table had."""
+    table = dict(measured_cuda.TABLE)
+    table[device] = [
+        {name: row[name] for name in (*measured_cuda.Kind._fields, *"TBH")}
+        | {name: float(row[f"{name}_ms"]) for name in ("torch", *WAYS) if f"{name}_ms" in row}
+        for row in found
+        if row["status"] == "ok"
+    ]
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text(json.dumps(table, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="the first size alone")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the CSV")
+    parser.add_argument("--table", type=Path, help="the table to write, such as fastseq's own")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench_recurrent_gpu: expected a GPU, got none", file=sys.stderr)
@@ -209,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
             found.append(row)
             # Kept, should the machine's time be up before the last row.
             write_csv(arguments.output / "recurrent_gpu.csv", COLUMNS, found, about)
+            if arguments.table:
+                write_table(arguments.table, about["gpu"], found)
     return int(any(row["status"] != "ok" for row in found))
 
 

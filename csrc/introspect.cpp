@@ -45,8 +45,22 @@ FASTSEQ_EXPORT int fastseq_cell_masks(int cell) { return fastseq::cell_info(cell
 
 // Whether the GPU's kernels are built in, and why they can't run here: null where there is a
 // device.
+//
+// And which way (kStep, kWhole, kGrid of recurrent.h, or kNone) a layer of `bytes` an element would
+// take from step to step on a device of such limits, which need not be here.
 #if defined(FASTSEQ_HAVE_CUDA)
 FASTSEQ_EXPORT int fastseq_cuda_built() { return 1; }
+FASTSEQ_EXPORT int fastseq_cuda_way(int cell, int bytes, int wanted, int64_t H, int64_t B,
+                                    int64_t D, int backward, int multiprocessors, int shared) {
+  using namespace fastseq::cuda;
+  const auto choose = [&](const auto& k) {
+    const DeviceLimits limits{multiprocessors, shared, true};
+    return choose_way(k.size, k.whole_forward, wanted, H, B, D, D, backward != 0, limits).way;
+  };
+  if (bytes == 8) return choose(recurrent_kernels<double>(cell));
+  return bytes == 4 ? choose(recurrent_kernels<float>(cell))
+                    : choose(recurrent_kernels<Half>(cell));
+}
 FASTSEQ_EXPORT const char* fastseq_cuda_obstacle() {
   const char* error = nullptr;
   fastseq::cuda::device_count(&error);
@@ -54,6 +68,9 @@ FASTSEQ_EXPORT const char* fastseq_cuda_obstacle() {
 }
 #else
 FASTSEQ_EXPORT int fastseq_cuda_built() { return 0; }
+FASTSEQ_EXPORT int fastseq_cuda_way(int, int, int, int64_t, int64_t, int64_t, int, int, int) {
+  return -1;
+}
 FASTSEQ_EXPORT const char* fastseq_cuda_obstacle() { return "built without nvcc"; }
 #endif
 

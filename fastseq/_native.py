@@ -20,6 +20,7 @@ __all__ = [
     "built_isas",
     "cuda_built",
     "cuda_obstacle",
+    "cuda_way",
     "isa",
     "isa_reason",
     "kernels",
@@ -55,6 +56,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "fastseq_cuda_obstacle": text,
     }.items():
         getattr(handle, name).restype = restype
+    wide = ctypes.c_int64
+    handle.fastseq_cuda_way.argtypes = [number] * 3 + [wide] * 3 + [number] * 3
     return handle, None
 
 
@@ -124,6 +127,17 @@ def cuda_obstacle() -> str | None:
     """Why those can't run here, in a few words; None where there is a device."""
     found = library().fastseq_cuda_obstacle()
     return None if found is None else found.decode()
+
+
+def cuda_way(
+    cell: int, bytes: int, wanted: int, H: int, B: int, D: int, backward: bool,
+    multiprocessors: int, shared: int,
+) -> int:  # fmt: skip
+    """How a layer would go from step to step on such a device, as csrc/cuda numbers its ways; -1
+    where what is wanted can't run, or nothing is built. Launches nothing, and needs no device."""
+    return library().fastseq_cuda_way(
+        cell, bytes, wanted, H, B, D, backward, multiprocessors, shared
+    )
 
 
 class Cell(NamedTuple):

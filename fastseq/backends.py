@@ -7,14 +7,16 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastseq import _native
 from fastseq.ops import attention as _attention
-from fastseq.ops import decoder_cuda
+from fastseq.ops import decoder_cuda, measured_cuda, recurrent_cuda
 from fastseq.ops.recurrent import CELLS
+from fastseq.reference.rnn import CELLS as _REFERENCE
 
 __all__ = [
     "Explanation",
@@ -97,16 +99,24 @@ def bfloat16_units() -> tuple[str, ...]:
     return tuple(name for name, asked in has.items() if getattr(torch.cpu, asked, bool)())
 
 
-def torch_is_faster(cell: str, x: Tensor, one_step: bool = False) -> str | None:
+def torch_is_faster(
+    cell: str, x: Tensor, one_step: bool = False, params: Sequence[Tensor] = (), options=None
+) -> str | None:
     """Why a call both could run is left to torch; None where the kernel is to run it.
 
     Args:
         cell: of a call without lengths, resets or zoneout.
         x: the input.
         one_step: whether the call is a single step of a cell, x [B, I].
+        params, options: its weights and what else it takes (functional's Options), if known.
     """
-    if torch.compiler.is_compiling() or _forced.get() in ("cpu", "cuda") or x.is_cuda:
+    if torch.compiler.is_compiling() or _forced.get() in ("cpu", "cuda"):
         return None
+    if x.is_cuda:
+        # (A cell is one kernel of torch's own behind two products, as it would be here.)
+        if one_step:
+            return "torch's cell takes as many launches"
+        return None if options is None else _cudnn_is_faster(_GpuCall.of(cell, x, params, options))
     if cell == "lstm" and not one_step and x.numel():
         lowered = x.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if lowered else x.dtype
@@ -118,6 +128,65 @@ def torch_is_faster(cell: str, x: Tensor, one_step: bool = False) -> str | None:
     if one_step and x.shape[0] <= 4 and x.shape[-1] > 64:
         return "torch's cell is faster for so few rows"
     return None
+
+
+class _GpuCall(NamedTuple):
+    """A layer's call as a GPU's kernels and the table of measurements see it."""
+
+    cell: str
+    x: Tensor
+    B: int
+    H: int
+    options: NamedTuple
+    projected: bool
+
+    @classmethod
+    def of(cls, cell, x, params, options) -> _GpuCall:
+        sizes = options.batch_sizes
+        if sizes is None:
+            B = x.shape[0 if options.batch_first else 1]
+        else:
+            B = int(sizes[0]) if len(sizes) else 0
+        sides = options.num_layers * (2 if options.bidirectional else 1)
+        own = 2 + 2 * options.has_biases + len(_REFERENCE[cell].extras)
+        H = params[0].shape[0] // CELLS[cell].gates
+        return cls(cell, x, B, H, options, len(params) // sides > own)
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.options.bidirectional else 1
+
+    def kind(self, dtype: str, layers: int) -> measured_cuda.Kind:
+        packed = self.options.batch_sizes is not None
+        train = torch.is_grad_enabled()
+        return measured_cuda.kind_of(self.cell, dtype, layers, self.directions, packed, train)
+
+
+def _cudnn_is_faster(call: _GpuCall) -> str | None:
+    torchs, ours = measured_cuda.dtypes(call.x.dtype)
+    layers, device = call.options.num_layers, measured_cuda.device_name(call.x.device.index)
+    kind = call.kind(ours, layers)
+    return measured_cuda.torchs_reason(device, kind, torchs, layers, call.B, call.H)
+
+
+_WAYS = {
+    "step": "a product and a launch a step",
+    "whole": "one launch a layer, the weights in a block's shared memory",
+    "grid": "one launch a layer, the weights in blocks that meet at each step",
+}
+
+
+def _cuda_ways(call: _GpuCall) -> str:
+    """Which of the ways of csrc/cuda run a call, in words."""
+    zoneout = any(call.options.zoneout)
+    kind = CELLS[f"zoneout_{call.cell}" if zoneout else call.cell]
+    _, dtype = measured_cuda.dtypes(call.x.dtype)
+    forward, backward = recurrent_cuda.ways(
+        kind, call.x.dtype, call.H, call.B, call.directions, call.x.device,
+        call.kind(dtype, 1), call.projected and recurrent_cuda.projects_among_steps(kind),
+    )  # fmt: skip
+    said = f"`{forward}`, {_WAYS[forward]}"
+    return said if forward == backward else f"{said}; backward `{backward}`, {_WAYS[backward]}"
 
 
 def refuse(cell: str, obstacle: str) -> str:
@@ -157,7 +226,7 @@ def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
         return "input and weights differ in device"
     if x.is_cuda:
         obstacle = _cuda_obstacle(cell, x, params)
-        if obstacle is None and forced != "cuda":
+        if obstacle is None and forced != "cuda" and not measured_cuda.TABLE:
             obstacle = _UNMEASURED
         if obstacle is not None:
             return obstacle
@@ -188,8 +257,6 @@ def _cuda_obstacle(cell, x, params) -> str | None:
         return "the CUDA kernels need compute capability 8.0"
     if torch.is_autocast_enabled("cuda"):
         return "autocast on a GPU is torch's"
-    if cell == "layer_norm_lstm" and params[1].shape[-1] != params[0].shape[0] // 4:
-        return "no CUDA kernel for a projected layer_norm_lstm"
     return None
 
 
@@ -247,18 +314,20 @@ def recurrent_explanation(
     params: Sequence[Tensor],
     one_step: bool = False,
     plain: bool = True,
+    options=None,
 ) -> Explanation:
     """What :func:`recurrent_obstacle` and, of a call torch could run (``plain``: without lengths,
-    resets or zoneout), :func:`torch_is_faster` find, in words."""
+    resets or zoneout), :func:`torch_is_faster` find, in words; ``options`` where they are known."""
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
     obstacle = obstacle or _recurrent_obstacle(cell, x, params, False)
     if plain:
-        obstacle = obstacle or torch_is_faster(cell, x, one_step)
+        obstacle = obstacle or torch_is_faster(cell, x, one_step, params, options)
     if obstacle is not None:
         return Explanation(cell, "torch", obstacle)
     if x.is_cuda:
-        said = "the CUDA kernels (use_backend('cuda') is in force), "
-        said += "one launch a layer where its weights fit on chip, else launches a step"
+        said = "the CUDA kernels" + (" (use_backend('cuda'))" if _forced.get() == "cuda" else "")
+        if options is not None:
+            said += f": {_cuda_ways(_GpuCall.of(cell, x, params, options))}"
         return Explanation(cell, "cuda", said)
     return Explanation(cell, "cpu", _kernel_in_use())
 

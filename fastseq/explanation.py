@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastseq import backends, functional
 from fastseq.backends import Explanation
 from fastseq.functional import loss
+from fastseq.functional._checks import NO_ZONEOUT, Options, check_zoneout
 from fastseq.nn.cells import _FastCell
 from fastseq.nn.loss import LinearCrossEntropy
 from fastseq.nn.rnn import _FastLayer
@@ -64,13 +66,30 @@ def explain(target: Callable | torch.nn.Module, *args, **kwargs) -> Explanation:
 
 def _explain_module(module, input=None, hx=None, lengths=None, resets=None) -> Explanation:
     weights = [w for w in module._weights_now() or () if w is not None]
-    x = input.data if isinstance(input, PackedSequence) else input
+    packed = isinstance(input, PackedSequence)
+    x = input.data if packed else input
+    known = isinstance(x, Tensor)
+    zoneout = getattr(module, "zoneout", NO_ZONEOUT)
+    one_step = isinstance(module, _FastCell)
+    options = None
+    if known and not one_step:
+        if x.dim() == 2 and not packed:
+            x = x.unsqueeze(1)
+        options = Options(
+            module.bias,
+            module.num_layers,
+            bidirectional=module.bidirectional,
+            batch_first=module.batch_first and x is input,
+            batch_sizes=input.batch_sizes if packed else None,
+            zoneout=zoneout,
+        )
     return backends.recurrent_explanation(
         module.cell_name,
-        x if isinstance(x, Tensor) else weights[0],
+        x if known else weights[0],
         weights,
-        one_step=isinstance(module, _FastCell),
-        plain=lengths is None and resets is None and not any(getattr(module, "zoneout", ())),
+        one_step=one_step,
+        plain=lengths is None and resets is None and not any(zoneout),
+        options=options,
     )
 
 
@@ -85,7 +104,11 @@ def _explain_attention(name, query, keys=None, values=None, *args, **keywords) -
 
 
 def _explain_function(name, input, hx=None, params=(), *args, **kwargs) -> Explanation:
-    zoneout = kwargs.get("zoneout", 0.0)
-    plain = kwargs.get("lengths") is None and kwargs.get("resets") is None
-    plain = plain and not any(zoneout if isinstance(zoneout, (tuple, list)) else (zoneout,))
-    return backends.recurrent_explanation(name, input, params, plain=plain)
+    given = inspect.signature(getattr(functional, name)).bind(input, hx, params, *args, **kwargs)
+    known = {k: v for k, v in given.arguments.items() if k in Options._fields}
+    options = Options(**known)
+    options = options._replace(zoneout=check_zoneout(name, options.zoneout))
+    plain = options.lengths is None and options.resets is None and not any(options.zoneout)
+    return backends.recurrent_explanation(
+        name, input, params, plain=plain, options=options if params else None
+    )

@@ -1,182 +1,25 @@
 // fastseq::recurrent_cuda_fwd and fastseq::recurrent_cuda_bwd: the part of a recurrent layer on a
 // GPU that goes from step to step. fastseq/ops/recurrent_cuda.py makes the rest of it, products
 // over all tokens, and documents the arguments.
-#include <array>
-#include <vector>
-
-#include "../cpu/dispatch.h"
-#include "../cuda/recurrent/recurrent.h"
-#include "tensors.h"
+#include "recurrent_cuda.h"
 
 #if defined(FASTSEQ_HAVE_CUDA) || defined(FASTSEQ_ON_HOST)
 
 namespace fastseq {
 namespace ops {
 
-namespace {
-
-constexpr int64_t kAnyWay = 0, kStep = 1, kWhole = 2, kGrid = 3;
-
-ScalarType wide_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like,
-                  ScalarType type, std::initializer_list<int64_t> sizes) {
-  bool fits = t.dim() == int64_t(sizes.size()) && t.is_contiguous() && t.scalar_type() == type &&
-              t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index();
-  for (size_t i = 0; fits && i < sizes.size(); ++i) {
-    fits = t.size(int64_t(i)) == sizes.begin()[i];
-  }
-  if (fits) return;
-  std::ostringstream wanted;
-  for (int64_t size : sizes) wanted << " " << size;
-  require(false, "fastseq.", op, ": expected ", name, " contiguous, of sizes", wanted.str(),
-          ", beside the input");
-}
-
-// out = a b, by torch: its own choice of algorithm, and its own switches of precision.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor scratch(const Tensor& like, ScalarType type, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), type);
-}
-
-template <class F>
-void by_device_dtype(const Tensor& t, const F& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Half:
-      return f(cuda::Half{});
-    case ScalarType::BFloat16:
-      return f(cuda::BFloat16{});
-    default:
-      require(false, "fastseq: expected float64, float32, float16 or bfloat16");
-  }
-}
-
-int64_t biases_of(int64_t cell) { return cuda::recurrent_kernels<float>(int(cell)).biases; }
-
-// What both ops are called with.
-struct Call {
-  const char* op;
-  int64_t cell, way;
-  void* stream;
-  int64_t T, B, H, D, tokens;
-  int64_t biases;  // rows of them behind the parameters
-  const Tensor& like;
-  const Tensors& w_hh;
-  const Tensors& params;
-  const Tensors& masks;
-  const OptionalTensor& first;
-  const OptionalTensor& lengths;
-  const OptionalTensor& resets;
-
-  const CellInfo& info() const { return cell_info(int(cell)); }
-
-  void check() const {
-    const ScalarType type = like.scalar_type();
-    require(D == 1 || D == 2, "fastseq.", op, ": expected one or two directions, got ", D);
-    for (const Tensor& w : w_hh) check_device(op, "w_hh", w, like, type, {info().gates * H, H});
-    const int64_t param_rows = info().params + biases;
-    for (const Tensor& p : params) check_device(op, "params", p, like, type, {param_rows, H});
-    for (const Tensor& m : masks) check_device(op, "a mask", m, like, type, {tokens, H});
-    require(int64_t(params.size()) == (info().params ? D : 0) &&
-                int64_t(masks.size()) == info().masks * D,
-            "fastseq.", op, ": expected the parameters and masks of a ", info().name);
-    if (first) check_device(op, "first", *first, like, ScalarType::Long, {T});
-    if (lengths) check_device(op, "lengths", *lengths, like, ScalarType::Long, {B});
-    if (resets) check_device(op, "resets", *resets, like, ScalarType::Bool, {tokens});
-    require(first ? lengths.has_value() : tokens == T * B, "fastseq.", op,
-            ": expected T * B = ", T * B, " tokens, got ", tokens);
-  }
-
-  template <class T_>
-  void fill(cuda::Inputs<T_>& a, int64_t d) const {
-    a.walk = {T, B, H, read<int64_t>(first), read<int64_t>(lengths), read<uint8_t>(resets), d == 1};
-    a.w_hh = read<T_>(w_hh[size_t(d)]);
-    a.params = info().params ? read<T_>(params[size_t(d)]) : nullptr;
-    for (int i = 0; i < info().masks; ++i) {
-      a.masks[i] = read<T_>(masks[size_t(d * info().masks + i)]);
-    }
-  }
-
-  cuda::DeviceLimits limits() const {
-    const char* error = nullptr;
-    const auto limits = cuda::device_limits(int(like.get_device_index()), &error);
-    require(!error, "fastseq.", op, ": ", error);
-    return limits;
-  }
-
-  // How `whole` would run it; rows = 0 where it doesn't, or isn't to.
-  template <class T_>
-  cuda::WholePlan plan(const cuda::RecurrentKernels<T_>& kernels, bool backward) const {
-    cuda::WholePlan plan{};
-    if (way != kStep && way != kGrid && kernels.whole_forward) {
-      plan = cuda::plan_whole(kernels.size, H, B, D, backward, limits());
-    }
-    require(way != kWhole || plan.rows, "fastseq.", op, ": expected weights of ", info().name,
-            " that fit a block, got H = ", H);
-    return plan;
-  }
-
-  // Runs as many directions as `grid` is to run and can, from the first on: launch(sides, how many,
-  // plan, space) for both at once where they fit the device together, else for each.
-  template <class T_, class Side, class Launch>
-  int64_t run_grid(const cuda::RecurrentKernels<T_>& kernels, bool backward, const Side* sides,
-                   const Launch& launch) const {
-    if (way == kStep || !kernels.grid_forward) return 0;
-    const cuda::DeviceLimits found = limits();
-    const auto& size = kernels.size;
-    int64_t done = 0;
-    for (int64_t together = D; together >= 1 && done < D; --together) {
-      const cuda::GridPlan plan = cuda::plan_grid(size, H, B, together, backward, found);
-      const int64_t clocks = plan.clocks * (D / together);
-      if (!plan.units) continue;
-      if (way != kGrid && clocks >= cuda::step_clocks(size, H, B, D, found)) continue;
-      while (done < D) {
-        const int64_t exchange = together * 2 * B * plan.row * size.bytes;
-        const int64_t counters = together * plan.tiles * cuda::kArrivedStride * 4;
-        const Tensor space = torch::stable::new_zeros(
-            like, torch::headeronly::IntHeaderOnlyArrayRef({exchange + counters}),
-            ScalarType::Byte);
-        char* at = static_cast<char*>(space.mutable_data_ptr());
-        const char* error = launch(sides + done, int(together), plan,
-                                   {at, reinterpret_cast<uint32_t*>(at + exchange)});
-        if (error == cuda::kNotTogether) break;
-        succeeded(error);
-        done += together;
-      }
-    }
-    return done;
-  }
-  // What is left for `step`, if anything: `done` directions are not.
-  int64_t taken(int64_t done) const {
-    require(way != kGrid || done == D, "fastseq.", op, ": expected weights of ", info().name,
-            " that fit the device at once, got H = ", H);
-    return done == D ? kGrid : kStep;
-  }
-  void succeeded(const char* error) const { require(!error, "fastseq.", op, ": ", error); }
-};
-
-}  // namespace
-
 int64_t recurrent_cuda_fwd(int64_t cell, int64_t way, int64_t stream, int64_t T, Tensor zx,
                            Tensors w_hh, Tensors b_hh, Tensors params, Tensors masks,
                            OptionalTensor first, OptionalTensor lengths, OptionalTensor resets,
-                           Tensor h, OptionalTensor c, Tensor y, OptionalTensor saved) {
+                           Tensor h, OptionalTensor c, Tensor y, OptionalTensor saved, Tensors w_hr,
+                           Tensors keep, OptionalTensor raw, OptionalTensor handed) {
   const char* op = "recurrent_cuda_fwd";
   require(cell >= 0 && cell < cuda::recurrent_kernel_count() && h.dim() == 3, "fastseq.", op,
           ": expected a cell and h of shape [D, B, H]");
-  const int64_t D = h.size(0), B = h.size(1), H = h.size(2), tokens = zx.size(0);
+  const bool projected = !w_hr.empty();
+  require(!projected || (raw && raw->dim() == 3), "fastseq.", op, ": expected raw beside w_hr");
+  const int64_t D = h.size(0), B = h.size(1), P = h.size(2), tokens = zx.size(0);
+  const int64_t H = projected ? raw->size(2) : P;
   const Call call{op,     cell,
                   way,    reinterpret_cast<void*>(stream),
                   T,      B,
@@ -185,60 +28,88 @@ int64_t recurrent_cuda_fwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
                   zx,     w_hh,
                   params, masks,
                   first,  lengths,
-                  resets};
+                  resets, w_hr,
+                  keep};
   const CellInfo& info = call.info();
   const ScalarType type = zx.scalar_type();
   call.check();
   check_device(op, "zx", zx, zx, type, {tokens, D * info.gates * H});
-  check_device(op, "h", h, zx, type, {D, B, H});
-  check_device(op, "y", y, zx, type, {tokens, D * H});
+  check_device(op, "h", h, zx, type, {D, B, P});
+  check_device(op, "y", y, zx, type, {tokens, D * P});
   if (saved) check_device(op, "saved", *saved, zx, type, {D, tokens, info.saved * H});
+  if (projected) check_device(op, "raw", *raw, zx, type, {D, tokens, H});
+  if (handed) check_device(op, "handed", *handed, zx, type, {D, tokens, P});
   if (info.states == 2) check_device(op, "c", c.value(), zx, wide_type(zx), {D, B, H});
   for (const Tensor& b : b_hh) check_device(op, "b_hh", b, zx, type, {H});
   require(b_hh.empty() || int64_t(b_hh.size()) == D, "fastseq.", op, ": expected D biases");
 
-  int64_t taken = kStep;
+  int64_t taken = cuda::kStep;
+  if (B == 0 || H == 0) return taken;
   by_device_dtype(zx, [&](auto zero) {
     using T_ = decltype(zero);
     using W = cuda::Wide<T_>;
     const auto& kernels = cuda::recurrent_kernels<T_>(int(cell));
-    cuda::Forward<T_> sides[2]{};
+    const auto& projecting = cuda::projection_kernels<T_>();
+    cuda::Forward<T_> sides[2]{}, projections[2]{};
     for (int64_t d = 0; d < D; ++d) {
-      cuda::Forward<T_>& a = sides[d];
+      cuda::Forward<T_>&a = sides[d], &p = projections[d];
       call.fill(a, d);
       a.zx = read<T_>(zx) + d * info.gates * H;
       a.zx_row = D * info.gates * H;
       a.b_hh = b_hh.empty() ? nullptr : read<T_>(b_hh[size_t(d)]);
-      a.h = write<T_>(h) + d * B * H;
       a.c = info.states == 2 ? write<W>(*c) + d * B * H : nullptr;
-      a.y = write<T_>(y) + d * H;
-      a.y_row = D * H;
       a.saved = saved ? write<T_>(*saved) + d * tokens * info.saved * H : nullptr;
+      if (projected) {
+        call.fill_projection(p, d);
+        a.y = write<T_>(*raw) + d * tokens * H;
+        a.y_row = H;
+        p.saved = handed ? write<T_>(*handed) + d * tokens * P : nullptr;
+      }
+      // What hands on is the last of the two.
+      cuda::Forward<T_>& last = projected ? p : a;
+      last.h = write<T_>(h) + d * B * P;
+      last.y = write<T_>(y) + d * P;
+      last.y_row = D * P;
     }
-    const cuda::WholePlan plan = call.plan(kernels, false);
-    if (plan.rows) {
-      taken = kWhole;
-      return call.succeeded(kernels.whole_forward(sides, int(D), plan, call.stream));
-    }
-    if (B == 0 || H == 0) return;
-    const int64_t done = call.run_grid(
-        kernels, false, sides, [&](auto* some, int many, auto& how, cuda::GridSpace space) {
-          return kernels.grid_forward(some, many, how, space, call.stream);
+    int64_t done = 0;
+    taken = call.run_sequences(
+        kernels, false, &done,
+        [&](auto& plan) { return kernels.whole_forward(sides, int(D), plan, call.stream); },
+        [&](int64_t from, int many, auto& plan, auto space) {
+          return kernels.grid_forward(sides + from, many, plan, space, call.stream);
         });
-    taken = call.taken(done);
     if (done == D) return;
     const Tensor zh = scratch(h, type, {B, info.gates * H});
+    const Tensor none = zeros(h, type, {projected ? B : 0, P});
+    const Tensor by_token = scratch(h, type, {projected ? tokens : 0, P});
     for (int64_t d = done; d < D; ++d) {
-      cuda::Forward<T_>& a = sides[d];
-      Tensor wide = scratch(h, wide_type(zx), {B, H});
+      cuda::Forward<T_>&a = sides[d], &p = projections[d];
       const Tensor state = torch::stable::select(h, 0, d);
       const Tensor by = torch::stable::transpose(w_hh[size_t(d)], 0, 1);
+      Tensor wide = scratch(h, wide_type(zx), {B, P});
       torch::stable::copy_(wide, state);
       a.zh = read<T_>(zh);
       a.h_wide = write<W>(wide);
+      Tensor own, own_wide, by_hr;
+      if (projected) {
+        own = zeros(h, type, {B, H});
+        own_wide = zeros(h, wide_type(zx), {B, H});
+        by_hr = torch::stable::transpose(w_hr[size_t(d)], 0, 1);
+        a.h = write<T_>(own);
+        a.h_wide = write<W>(own_wide);
+        p.h_wide = write<W>(wide);
+        p.zx = read<T_>(by_token);
+        p.zx_row = P;
+        p.zh = read<T_>(none);
+      }
       for (int64_t step = 0; step < T; ++step) {
+        const int64_t t = d ? T - 1 - step : step;
         multiply(state, by, zh);
-        call.succeeded(kernels.step_forward(a, d ? T - 1 - step : step, call.stream));
+        call.succeeded(kernels.step_forward(a, t, call.stream));
+        if (!projected) continue;
+        // (The state of a row may be cut at its end, what it hands on not.)
+        multiply(call.rows(torch::stable::select(*raw, 0, d), t), by_hr, call.rows(by_token, t));
+        call.succeeded(projecting.step_forward(p, t, call.stream));
       }
     }
   });
@@ -250,12 +121,17 @@ int64_t recurrent_cuda_bwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
                            OptionalTensor dc_n, OptionalTensor h0, OptionalTensor c0, Tensors w_hh,
                            Tensors params, Tensors masks, OptionalTensor first,
                            OptionalTensor lengths, OptionalTensor resets, Tensor dsums,
-                           OptionalTensor hidden, OptionalTensor dh0, OptionalTensor dc0) {
+                           OptionalTensor hidden, OptionalTensor dh0, OptionalTensor dc0,
+                           Tensors w_hr, Tensors keep, OptionalTensor handed,
+                           OptionalTensor dhanded) {
   const char* op = "recurrent_cuda_bwd";
   require(cell >= 0 && cell < cuda::recurrent_kernel_count() && saved.dim() == 3 && !w_hh.empty() &&
               w_hh[0].dim() == 2,
           "fastseq.", op, ": expected a cell and saved of shape [D, N, S*H]");
-  const int64_t D = saved.size(0), tokens = saved.size(1), H = w_hh[0].size(1);
+  const bool projected = !w_hr.empty();
+  require(!projected || w_hr[0].dim() == 2, "fastseq.", op, ": expected w_hr of shape [P, H]");
+  const int64_t D = saved.size(0), tokens = saved.size(1), P = w_hh[0].size(1);
+  const int64_t H = projected ? w_hr[0].size(1) : P;
   const Call call{op,     cell,
                   way,    reinterpret_cast<void*>(stream),
                   T,      B,
@@ -264,72 +140,108 @@ int64_t recurrent_cuda_bwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
                   saved,  w_hh,
                   params, masks,
                   first,  lengths,
-                  resets};
+                  resets, w_hr,
+                  keep};
   const CellInfo& info = call.info();
   const ScalarType type = saved.scalar_type();
   call.check();
   check_device(op, "saved", saved, saved, type, {D, tokens, info.saved * H});
-  if (dy) check_device(op, "dy", *dy, saved, type, {tokens, D * H});
-  if (hidden) check_device(op, "hidden", *hidden, saved, type, {D, tokens, H});
-  for (const OptionalTensor* state : {&dh_n, &dc_n, &h0, &c0, &dh0, &dc0}) {
-    if (*state) check_device(op, "a state", **state, saved, type, {D, B, H});
+  if (dy) check_device(op, "dy", *dy, saved, type, {tokens, D * P});
+  if (hidden) check_device(op, "hidden", *hidden, saved, type, {D, tokens, P});
+  for (const OptionalTensor* state : {&dh_n, &h0, &dh0}) {
+    if (*state) check_device(op, "a state", **state, saved, type, {D, B, P});
+  }
+  for (const OptionalTensor* state : {&dc_n, &c0, &dc0}) {
+    if (*state) check_device(op, "a cell state", **state, saved, type, {D, B, H});
+  }
+  if (projected) {
+    check_device(op, "handed", handed.value(), saved, type, {D, tokens, P});
+    check_device(op, "dhanded", dhanded.value(), saved, type, {D, tokens, P});
   }
   require(!dh0 || dc0.has_value() == (info.states == 2), "fastseq.", op,
           ": expected dc0 beside dh0 of a cell with two states");
 
-  int64_t taken = kStep;
+  int64_t taken = cuda::kStep;
   by_device_dtype(saved, [&](auto zero) {
     using T_ = decltype(zero);
     using W = cuda::Wide<T_>;
     const auto& kernels = cuda::recurrent_kernels<T_>(int(cell));
+    const auto& projecting = cuda::projection_kernels<T_>();
     const int64_t blocks = kernels.blocks;
     check_device(op, "dsums", dsums, saved, type, {tokens, D * blocks * H});
-    cuda::Backward<T_> sides[2]{};
+    if (B == 0 || H == 0) return;
+    cuda::Backward<T_> sides[2]{}, projections[2]{};
     for (int64_t d = 0; d < D; ++d) {
-      cuda::Backward<T_>& a = sides[d];
-      const auto state = [&](const OptionalTensor& t) {
-        return t ? read<T_>(*t) + d * B * H : nullptr;
+      cuda::Backward<T_>&a = sides[d], &p = projections[d];
+      const auto state = [&](const OptionalTensor& t, int64_t width) {
+        return t ? read<T_>(*t) + d * B * width : nullptr;
       };
       call.fill(a, d);
       a.saved = read<T_>(saved) + d * tokens * info.saved * H;
-      a.dy = dy ? read<T_>(*dy) + d * H : nullptr;
-      a.dy_row = D * H;
-      a.dh_n = state(dh_n);
-      a.dc_n = state(dc_n);
-      a.h0 = state(h0);
-      a.c0 = state(c0);
+      a.dc_n = state(dc_n, H);
+      a.c0 = state(c0, H);
+      a.dc0 = const_cast<T_*>(state(dc0, H));
       a.dsums = write<T_>(dsums) + d * blocks * H;
       a.dsums_row = D * blocks * H;
-      a.hidden = hidden ? write<T_>(*hidden) + d * tokens * H : nullptr;
-      a.dh0 = const_cast<T_*>(state(dh0));
-      a.dc0 = const_cast<T_*>(state(dc0));
+      if (projected) {
+        call.fill_projection(p, d);
+        p.saved = read<T_>(*handed) + d * tokens * P;
+        p.dsums = write<T_>(*dhanded) + d * tokens * P;
+        p.dsums_row = P;
+      }
+      cuda::Backward<T_>& last = projected ? p : a;
+      last.dy = dy ? read<T_>(*dy) + d * P : nullptr;
+      last.dy_row = D * P;
+      last.dh_n = state(dh_n, P);
+      last.h0 = state(h0, P);
+      last.hidden = hidden ? write<T_>(*hidden) + d * tokens * P : nullptr;
+      last.dh0 = const_cast<T_*>(state(dh0, P));
     }
-    const cuda::WholePlan plan = call.plan(kernels, true);
-    if (plan.rows) {
-      taken = kWhole;
-      return call.succeeded(kernels.whole_backward(sides, int(D), plan, call.stream));
-    }
-    if (B == 0 || H == 0) return;
-    const int64_t done = call.run_grid(
-        kernels, true, sides, [&](auto* some, int many, auto& how, cuda::GridSpace space) {
-          return kernels.grid_backward(some, many, how, space, call.stream);
+    int64_t done = 0;
+    taken = call.run_sequences(
+        kernels, true, &done,
+        [&](auto& plan) { return kernels.whole_backward(sides, int(D), plan, call.stream); },
+        [&](int64_t from, int many, auto& plan, auto space) {
+          return kernels.grid_backward(sides + from, many, plan, space, call.stream);
         });
-    taken = call.taken(done);
     if (done == D) return;
-    const Tensor dh = scratch(saved, type, {B, H}), dz = scratch(saved, type, {B, info.gates * H});
+    const Tensor dh = scratch(saved, type, {B, P}), dz = scratch(saved, type, {B, info.gates * H});
     const Tensor dc = scratch(saved, wide_type(saved), {B, H});
     const Tensor carry = scratch(saved, wide_type(saved), {B, H});
+    // Of a projection: what reaches h by it, and what no product hands to the cell itself.
+    const int64_t some = projected ? B : 0;
+    const Tensor dp = scratch(saved, type, {some, P}), none = zeros(saved, type, {some, H});
+    const Tensor carry_p = scratch(saved, wide_type(saved), {some, P});
+    const Tensor unwanted = scratch(saved, type, {some, H});
+    const Tensor draw = scratch(saved, type, {projected ? tokens : 0, H});
     for (int64_t d = done; d < D; ++d) {
-      cuda::Backward<T_>& a = sides[d];
+      cuda::Backward<T_>&a = sides[d], &p = projections[d];
       a.dh = read<T_>(dh);
       a.dz = write<T_>(dz);
       a.dc = write<W>(dc);
       a.carry = write<W>(carry);
+      if (projected) {
+        p.dh = read<T_>(dh);
+        p.dz = write<T_>(dp);
+        p.carry = write<W>(carry_p);
+        a.dh = read<T_>(none);
+        a.dy = read<T_>(draw);
+        a.dy_row = H;
+        a.dh0 = dh0 ? write<T_>(unwanted) : nullptr;
+      }
       for (int64_t step = 0; step < T; ++step) {
-        call.succeeded(kernels.step_backward(a, d ? step : T - 1 - step, false, call.stream));
+        const int64_t t = d ? step : T - 1 - step;
+        if (projected) {
+          call.succeeded(projecting.step_backward(p, t, false, call.stream));
+          multiply(dp, w_hr[size_t(d)], call.rows(draw, t));
+        }
+        call.succeeded(kernels.step_backward(a, t, false, call.stream));
         if (step + 1 < T || dh0) multiply(dz, w_hh[size_t(d)], dh);
       }
-      if (dh0) call.succeeded(kernels.step_backward(a, d ? T : -1, true, call.stream));
+      if (!dh0) continue;
+      const int64_t beyond = d ? T : -1;
+      if (projected) call.succeeded(projecting.step_backward(p, beyond, true, call.stream));
+      call.succeeded(kernels.step_backward(a, beyond, true, call.stream));
     }
   });
   return taken;
@@ -357,12 +269,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseq, m) {
   m.def(
       "recurrent_cuda_fwd(int cell, int way, int stream, int T, Tensor zx, Tensor[] w_hh, "
       "Tensor[] b_hh, Tensor[] params, Tensor[] masks, Tensor? first, Tensor? lengths, "
-      "Tensor? resets, Tensor(a!) h, Tensor(b!)? c, Tensor(c!) y, Tensor(d!)? saved) -> int");
+      "Tensor? resets, Tensor(a!) h, Tensor(b!)? c, Tensor(c!) y, Tensor(d!)? saved, "
+      "Tensor[] w_hr, Tensor[] keep, Tensor(e!)? raw, Tensor(f!)? handed) -> int");
   m.def(
       "recurrent_cuda_bwd(int cell, int way, int stream, int T, int B, Tensor saved, Tensor? dy, "
       "Tensor? dh_n, Tensor? dc_n, Tensor? h0, Tensor? c0, Tensor[] w_hh, Tensor[] params, "
       "Tensor[] masks, Tensor? first, Tensor? lengths, Tensor? resets, Tensor(a!) dsums, "
-      "Tensor(b!)? hidden, Tensor(c!)? dh0, Tensor(d!)? dc0) -> int");
+      "Tensor(b!)? hidden, Tensor(c!)? dh0, Tensor(d!)? dc0, Tensor[] w_hr, Tensor[] keep, "
+      "Tensor? handed, Tensor(e!)? dhanded) -> int");
 }
 
 #endif

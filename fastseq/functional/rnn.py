@@ -229,7 +229,9 @@ def call(cell, input, hx, params, options):
     obstacle = backends.recurrent_obstacle(cell, input, params)
     plain = options.lengths is None and options.resets is None and options.zoneout == NO_ZONEOUT
     plain = plain and cell in _TORCH
-    if obstacle is None and not (plain and backends.torch_is_faster(cell, input)):
+    if obstacle is None and not (
+        plain and backends.torch_is_faster(cell, input, False, params, options)
+    ):
         return stack(cell, input, hx, params, options)
     if plain and not backends.transform_obstacle():
         return _by_torch(cell, input, hx, params, options)

@@ -97,7 +97,9 @@ class _FastLayer:
         )
         if serves and not more:
             obstacle = backends.recurrent_obstacle(cell, x, weights)
-            left = obstacle or (self._is_torchs and backends.torch_is_faster(cell, x))
+            left = obstacle or (
+                self._is_torchs and backends.torch_is_faster(cell, x, False, weights, options)
+            )
             if left and self._is_torchs and not backends.transform_obstacle():
                 return super().forward(input, hx)
             output, *state = stack(cell, x, state, weights, options, kernel=not left)

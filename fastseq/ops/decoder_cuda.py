@@ -124,7 +124,7 @@ class _Forward(_Decoder):
             torch.ops.fastseq.recurrent_cuda_fwd(
                 self.kind.number, recurrent_cuda.STEP, self.stream, 1, zx, [held.w_hh], held.apart,
                 [], [], None, None, None, self.hs[layer], self.cs[layer], h,
-                self.rows["cells", layer][t : t + 1],
+                self.rows["cells", layer][t : t + 1], *recurrent_cuda.NO_PROJECTION,
             )  # fmt: skip
             own = self.rows.get(("out", layer))
             out = h if own is None else torch.add(h, out, out=own[t])
@@ -308,6 +308,7 @@ class _Backward(_Decoder):
                 self.rows["cells", layer][one], dout, *_two(before),
                 self.rows["h", layer][one], None if c_prev is None else c_prev[one], [held.w_hh],
                 [], [], None, None, None, self.dsums[layer][t], None, *_two(after),
+                *recurrent_cuda.NO_PROJECTION,
             )  # fmt: skip
             for states, state in zip(self.dstates, after, strict=True):
                 states[layer] = state

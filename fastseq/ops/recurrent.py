@@ -86,6 +86,9 @@ def _fwd_fake(
     if save:
         projected = len(weights) // D == 3 + 2 * has_biases + bool(kind.params)
         more = 0 if not projected else H if x.is_cuda else P
+        if projected and x.is_cuda and recurrent_cuda.projects_among_steps(kind):
+            more += P
+            tokens = (x.shape[0] if batch_sizes is None else batch_sizes.shape[0]) * B
         out.append(x.new_empty(D, tokens, kind.saved * H + more))
     return out
 

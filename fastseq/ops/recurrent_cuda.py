@@ -5,8 +5,7 @@ once a layer; what goes from step to step is one call, ``fastseq::recurrent_cuda
 ``_bwd``. Nothing waits for the device, and nothing depends on values that only it knows, so
 that a call can be captured into a CUDA graph (a packed sequence aside: its batch_sizes are on the
 host). Arguments and results are those of :mod:`fastseq.ops.recurrent`; float64, float32, float16
-and bfloat16, the last two carrying c, and h for cells that read it, in float32. Projected layers
-run their steps before projection, by the product of both weights.
+and bfloat16, the last two carrying c, and h for cells that read it, in float32.
 
 ``first`` [T] and ``lengths`` [B], int64 on the device, say where packed tokens begin and how many
 steps each sequence runs; None where tokens are T*B, and where all run T. Gradients of sums come a
@@ -23,10 +22,15 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
+from fastseq.ops import measured_cuda
+from fastseq.ops.projected_cuda import Among, Behind, Padding
 
 __all__ = [
     "ANY_WAY",
     "GRID",
+    "IF_IT_CAN",
+    "NAMES",
+    "NO_PROJECTION",
     "STEP",
     "WHOLE",
     "backward",
@@ -37,14 +41,20 @@ __all__ = [
     "sum_biases",
     "wants_apart",
     "way",
+    "ways",
 ]
 
-ANY_WAY, STEP, WHOLE, GRID = range(4)
+ANY_WAY, STEP, WHOLE, GRID, IF_IT_CAN = range(5)
+NAMES = ("any way", "step", "whole", "grid")
 way = ANY_WAY
 """How a layer goes from step to step: launches a step, or one launch in all with the weights in a
 block or in several. Tests and benchmarks set it."""
 
 _CELLS = tuple(_native.cells().values()) if _native.loaded() else ()
+
+
+NO_PROJECTION = [], [], None, None
+"""What the ops take last, of layers that project nothing among their steps."""
 
 
 class _Tokens(NamedTuple):
@@ -72,16 +82,36 @@ class _Tokens(NamedTuple):
         return t.masked_fill((steps >= self.lengths).view(-1, 1), 0)
 
 
+def send(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device. One of the host's goes by way of pinned memory: a copy out of any
+    other may wait for all that was launched before it. A graph that is being captured can't hold
+    such a copy, for the memory is another's by the time it is replayed.
+
+    Raises:
+        RuntimeError: the tensor is on the host, and a CUDA graph is being captured.
+    """
+    if t.device == device or device.type != "cuda":
+        return t.to(device)
+    if t.is_cpu:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "fastseq: expected lengths and the like on the GPU while a CUDA graph is captured, "
+                "got a tensor of the host's; pack no sequence there, and move lengths before"
+            )
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
+
+
 def _tokens(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None):
     if batch_sizes is None:
         steps, rows = x.shape[:2]
         if lengths is not None:
-            lengths = lengths.to(x.device, torch.int64, non_blocking=True).contiguous()
+            lengths = send(lengths, x.device).to(torch.int64).contiguous()
         return _Tokens(steps, rows, steps * rows, None, lengths)
     rows = h0.shape[1]
     # Sequence b runs at the steps whose size is above b.
     each = torch.searchsorted(-batch_sizes, -torch.arange(rows))
-    where = torch.cat((batch_sizes.cumsum(0) - batch_sizes, each)).to(x.device, non_blocking=True)
+    where = send(torch.cat((batch_sizes.cumsum(0) - batch_sizes, each)), x.device)
     steps = len(batch_sizes)
     return _Tokens(steps, rows, len(x), where[:steps], where[steps:])
 
@@ -96,10 +126,9 @@ class _Weights(NamedTuple):
     params: Tensor | None
     w_hr: Tensor | None
 
-    def recurrent(self) -> Tensor:
-        """What the steps multiply h by. Where y = W_hr h is what is handed on, they run on h itself
-        by W_hh W_hr: any way of running serves, and projecting can wait for the end."""
-        return self.w_hh if self.w_hr is None else self.w_hh @ self.w_hr
+    def recurrent(self, behind: Behind | None) -> Tensor:
+        """What the steps multiply h by."""
+        return self.w_hh if behind is None else self.w_hh @ self.w_hr
 
 
 def _by_direction(kind, weights, has_biases: bool, directions: int) -> list[_Weights]:
@@ -109,39 +138,8 @@ def _by_direction(kind, weights, has_biases: bool, directions: int) -> list[_Wei
         w_ih, w_hh, *rest = (w.contiguous() for w in weights[d * per : (d + 1) * per])
         biases = (rest.pop(0), rest.pop(0)) if has_biases else (None, None)
         params = rest.pop(0) if kind.params else None
-        if rest and (kind.masks or _normalises(kind)):
-            what = "zoneout" if kind.masks else "layer normalisation"
-            raise NotImplementedError(
-                f"fastseq.{kind.name}: expected no projection beside {what} on a GPU; "
-                "use_backend('torch') has both"
-            )
         sides.append(_Weights(w_ih, w_hh, *biases, params, rest.pop() if rest else None))
     return sides
-
-
-class _Ends(NamedTuple):
-    """Where the sequences begin and end, on a direction's walk."""
-
-    first: Tensor  # each one's first token, [rows]
-    last: Tensor
-    enters: Tensor  # whether its initial state reaches a step, [rows, 1]
-    leaves: Tensor  # whether its final one comes of a step
-    empty: Tensor  # whether it has no steps
-
-
-def _ends(tokens: _Tokens, resets: Tensor | None, reverse: bool, like: Tensor) -> _Ends:
-    rows = torch.arange(tokens.rows, device=like.device)
-    latest = rows.new_full((tokens.rows,), tokens.steps - 1)
-    empty = rows < 0
-    if tokens.lengths is not None:
-        latest, empty = (tokens.lengths - 1).clamp(min=0), tokens.lengths == 0
-    latest = rows + (latest * tokens.rows if tokens.first is None else tokens.first[latest])
-    some = ~empty.unsqueeze(1)
-    # A reset at step 0 stands before the first step, and behind the last of a walk back.
-    uncut = some if resets is None else some & ~resets.reshape(-1, 1)[: tokens.rows]
-    if reverse:
-        return _Ends(latest, rows, some, uncut, ~some)
-    return _Ends(rows, latest, uncut, some, ~some)
 
 
 def wants_apart(kind) -> bool:
@@ -152,6 +150,11 @@ def wants_apart(kind) -> bool:
 def _normalises(kind) -> bool:
     """Whether sums over x and over h are normalised, each alone: biases are added behind that."""
     return kind.reference == "layer_norm_lstm"
+
+
+def projects_among_steps(kind) -> bool:
+    """Whether h, where it is projected, must be so at each step: see projected_cuda."""
+    return bool(kind.masks) or _normalises(kind)
 
 
 def _params(kind, side: _Weights) -> Tensor:
@@ -198,35 +201,50 @@ def forward(cell, x, h0, c0, weights, has_biases, directions, batch_sizes, lengt
             save):  # fmt: skip
     kind, D = _CELLS[cell], directions
     sides = _by_direction(kind, weights, has_biases, D)
-    H = sides[0].w_ih.shape[0] // kind.gates
-    projected = sides[0].w_hr is not None
-    tokens = _tokens(x, h0, batch_sizes, lengths)
+    H, projected = sides[0].w_ih.shape[0] // kind.gates, sides[0].w_hr is not None
+    among = projected and projects_among_steps(kind)
     stream = current_stream(x)
     with on_device(x):
+        if among and batch_sizes is not None:
+            padding = Padding(batch_sizes, h0.shape[1], lambda t: send(t, x.device))
+            masks = [padding.padded(mask) for mask in masks]
+            y, *rest = forward(
+                cell, padding.padded(x), h0, c0, weights, has_biases, D, None, padding.lengths,
+                padding.padded(resets), masks, save,
+            )  # fmt: skip
+            return [padding.packed(y), *rest]
+        tokens = _tokens(x, h0, batch_sizes, lengths)
         inputs = tokens.flat(x, x.shape[-1])
         zx, b_hh = _input_sums(kind, inputs, sides)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        ends = []
-        if projected and tokens.steps:
-            ends = [_ends(tokens, resets, d == 1, x) for d in range(D)]
-            _add_initial_sums(zx, h0, sides, ends)
-        h = _or_zeros(None if projected else h0, x, (D, tokens.rows, H), x.dtype)
-        c = _or_zeros(c0, x, (D, tokens.rows, H), wide) if kind.states == 2 else None
         new = x.new_zeros if tokens.has_padding else x.new_empty
-        width = kind.saved * H
-        # Of a projected layer h is kept too, behind the rest.
-        saved = x.new_empty(D, tokens.count, width + H * projected) if save else None
-        y = new(tokens.count, D * H)
+        behind = Behind(sides, tokens, resets, x, h0) if projected and not among else None
+        if behind:
+            behind.add_initial_sums(zx)
+        P = sides[0].w_hr.shape[0] if among else H
+        h = _or_zeros(None if behind else h0, x, (D, tokens.rows, P), x.dtype)
+        c = _or_zeros(c0, x, (D, tokens.rows, H), wide) if kind.states == 2 else None
+        # Behind what cells keep: h before projection, and what the steps themselves handed on.
+        widths = [kind.saved * H, H * projected, P * among]
+        saved = x.new_empty(D, tokens.count, sum(widths)) if save else None
+        kept, raw, handed = _kept(saved, widths)
+        y = new(tokens.count, D * P)
+        flat = [tokens.flat(mask, H) for mask in (() if among else masks)]
+        more = NO_PROJECTION
+        if among:
+            raw = new(D, tokens.count, H) if raw is None else raw.zero_()
+            given = Among.of(sides, tokens, masks, x)
+            flat, more = given.masks, (given.w_hr, given.keep, raw, handed)
         torch.ops.fastseq.recurrent_cuda_fwd(
-            cell, way, stream, tokens.steps, zx, [side.recurrent() for side in sides], b_hh,
-            [_params(kind, side) for side in sides if kind.params],
-            [tokens.flat(mask, H) for mask in masks], tokens.first, tokens.lengths,
-            tokens.flat(resets), h, c, y, _kept_by_cells(saved, width),
+            cell, wanted(kind, x, H, tokens, D, save), stream, tokens.steps, zx,
+            [side.recurrent(behind) for side in sides], b_hh,
+            [_params(kind, side) for side in sides if kind.params], flat, tokens.first,
+            tokens.lengths, tokens.flat(resets), h, c, y, kept, *more,
         )  # fmt: skip
-        if projected:
+        if behind:
             if save:
-                saved.view(-1)[D * tokens.count * width :] = y.view(-1)
-            y, h = _project(y, h, h0, sides, ends)
+                raw.view(-1).copy_(y.view(-1))
+            y, h = behind.project(y, h)
         out = [y.view(*x.shape[:-1], y.shape[1]), h]
         if kind.states == 2:
             out.append(c.to(x.dtype))
@@ -235,35 +253,15 @@ def forward(cell, x, h0, c0, weights, has_biases, directions, batch_sizes, lengt
     return out
 
 
-def _kept_by_cells(saved: Tensor | None, width: int) -> Tensor | None:
-    """The part of saved [D, tokens, ..] that the kernels know, [D, tokens, width]."""
-    if saved is None or saved.shape[2] == width:
-        return saved
+def _kept(saved: Tensor | None, widths: list[int]) -> list[Tensor | None]:
+    """The parts of saved [D, tokens, ..], one behind the other, [D, tokens, width] each."""
+    if saved is None:
+        return [None] * len(widths)
+    if not any(widths[1:]):
+        return [saved, None, None]
     D, tokens, _ = saved.shape
-    return saved.view(-1)[: D * tokens * width].view(D, tokens, width)
-
-
-def _add_initial_sums(zx, h0, sides: list[_Weights], ends: list[_Ends]) -> None:
-    """A projected layer's steps begin at zero: what h0 adds to the first sums goes in there."""
-    if h0 is None:
-        return
-    for d, (side, each) in enumerate(zip(sides, ends, strict=True)):
-        sums = (h0[d] @ side.w_hh.t()).masked_fill_(~each.enters, 0)
-        of_side = zx.view(zx.shape[0], len(sides), -1)[:, d]
-        of_side[each.first] = of_side[each.first] + sums
-
-
-def _project(y, h, h0, sides: list[_Weights], ends: list[_Ends]) -> tuple[Tensor, Tensor]:
-    """y [tokens, D*P] and the final states [D, rows, P] from those before projection."""
-    by_side = y.chunk(len(sides), 1)
-    y = torch.cat([t @ s.w_hr.t() for t, s in zip(by_side, sides, strict=True)], 1)
-    final = torch.stack([t @ s.w_hr.t() for t, s in zip(h, sides, strict=True)])
-    if h0 is not None:
-        if not ends:
-            return y, h0.clone()
-        for d, each in enumerate(ends):
-            final[d] = torch.where(each.empty, h0[d], final[d])
-    return y, final
+    parts = saved.view(-1).split([D * tokens * width for width in widths])
+    return [part.view(D, tokens, width) for part, width in zip(parts, widths, strict=True)]
 
 
 def _input_sums(kind, x: Tensor, sides: list[_Weights]) -> tuple[Tensor, list[Tensor]]:
@@ -281,8 +279,8 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
              lengths, resets, masks, saved, need_dx, need_dw, need_db, need_dh0):  # fmt: skip
     kind, D = _CELLS[cell], directions
     sides = _by_direction(kind, weights, has_biases, D)
-    H = sides[0].w_ih.shape[0] // kind.gates
-    tokens = _tokens(x, h0, batch_sizes, lengths)
+    H, projected = sides[0].w_ih.shape[0] // kind.gates, sides[0].w_hr is not None
+    among = projected and projects_among_steps(kind)
     # Blocks of a row: sums over h, then those over x, which share all but `apart` of them; then
     # parameters, then biases that are no part of any sum.
     apart = kind.gates if _normalises(kind) else int(wants_apart(kind))
@@ -290,25 +288,40 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
     own = kind.params + (kind.gates if _normalises(kind) else 0)
     stream = current_stream(x)
     with on_device(x):
+        if among and batch_sizes is not None:
+            padding = Padding(batch_sizes, h0.shape[1], lambda t: send(t, x.device))
+            masks = [padding.padded(mask) for mask in masks]
+            dx, *rest = backward(
+                cell, padding.padded(dy), dh_n, dc_n, padding.padded(x), h0, c0, weights,
+                has_biases, D, None, padding.lengths, padding.padded(resets), masks, saved, True,
+                need_dw, need_db, need_dh0,
+            )  # fmt: skip
+            return [padding.packed(dx), *rest] if need_dx else rest
+        tokens = _tokens(x, h0, batch_sizes, lengths)
         new = x.new_zeros if tokens.has_padding else x.new_empty
+        P = sides[0].w_hr.shape[0] if among else H
         dsums = new(tokens.count, D * (sums + own) * H)
-        hidden = new(D, tokens.count, H) if need_dw else None
-        dh0 = x.new_empty(D, tokens.rows, H) if need_dh0 else None
-        dc0 = torch.empty_like(dh0) if need_dh0 and kind.states == 2 else None
+        hidden = new(D, tokens.count, P) if need_dw else None
+        dh0 = x.new_empty(D, tokens.rows, P) if need_dh0 else None
+        dc0 = x.new_empty(D, tokens.rows, H) if need_dh0 and kind.states == 2 else None
         h0, c0, dh_n, dc_n = (t if t is None else t.contiguous() for t in (h0, c0, dh_n, dc_n))
         dy = None if dy is None else tokens.flat(dy, dy.shape[-1])
-        projection, of_steps = None, (dy, dh_n, h0)
-        if sides[0].w_hr is not None:
-            projection = _Projection(sides, tokens, resets, dy, dh_n, h0, saved)
-            of_steps = projection.of_steps()
-        dy_h, dh_h, h0_h = of_steps
+        kept, raw, handed = _kept(saved.contiguous(), [kind.saved * H, H * projected, P * among])
+        behind, dy_h, dh_h, h0_h = None, dy, dh_n, h0
+        flat = [tokens.flat(mask, H) for mask in (() if among else masks)]
+        more, dhanded = NO_PROJECTION, None
+        if among:
+            given, dhanded = Among.of(sides, tokens, masks, x), new(D, tokens.count, P)
+            flat, more = given.masks, (given.w_hr, given.keep, handed, dhanded)
+        elif projected:
+            behind, h0_h = Behind(sides, tokens, resets, saved, h0), None
+            before = raw.view(tokens.count, D, H)
+            dy_h, dh_h = behind.gradients_of_steps(dy, dh_n, before, tokens.without_padding)
         torch.ops.fastseq.recurrent_cuda_bwd(
-            cell, way, stream, tokens.steps, tokens.rows,
-            _kept_by_cells(saved.contiguous(), kind.saved * H), dy_h, dh_h, dc_n, h0_h, c0,
-            [side.recurrent() for side in sides],
-            [_params(kind, side) for side in sides if kind.params],
-            [tokens.flat(mask, H) for mask in masks], tokens.first, tokens.lengths,
-            tokens.flat(resets), dsums, hidden, dh0, dc0,
+            cell, wanted(kind, x, H, tokens, D, True), stream, tokens.steps, tokens.rows, kept,
+            dy_h, dh_h, dc_n, h0_h, c0, [side.recurrent(behind) for side in sides],
+            [_params(kind, side) for side in sides if kind.params], flat, tokens.first,
+            tokens.lengths, tokens.flat(resets), dsums, hidden, dh0, dc0, *more,
         )  # fmt: skip
         x_rows = tokens.without_padding(tokens.flat(x, x.shape[-1])) if need_dw else None
         dx, of_sides, dh0_p = None, [], []
@@ -317,13 +330,15 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
             of_x, of_h = rows[:, apart * H : sums * H], rows[:, : kind.gates * H]
             if need_dx:
                 dx = of_x @ side.w_ih if dx is None else dx.addmm_(of_x, side.w_ih)
-            if projection and need_dh0:
-                dh0_p.append(projection.initial_gradient(d, of_h))
+            if behind and need_dh0:
+                dh0_p.append(behind.initial_gradient(d, of_h))
             grads, last = [], []
             if need_dw:
                 dw_hh = in_order(of_h.t() @ hidden[d], apart * H)
-                if projection:
-                    dw_hh, *last = projection.weight_gradients(d, of_h, dw_hh)
+                if behind:
+                    dw_hh, *last = behind.weight_gradients(d, of_h, dw_hh)
+                elif among:
+                    last = [dhanded[d].t() @ raw[d]]
                 grads = [of_x.t() @ x_rows, dw_hh]
             if need_db and has_biases:
                 db_ih = (rows[:, (sums + kind.params) * H :] if _normalises(kind) else of_x).sum(0)
@@ -338,55 +353,40 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
     return [dx.view(x.shape), *out] if need_dx else out
 
 
-class _Projection:
-    """The backward pass of a projected layer, around that of its steps on h by W_hh W_hr."""
+def wanted(kind, x: Tensor, H: int, tokens: _Tokens, directions: int, train: bool) -> int:
+    """The way to go, for the op: ``way``, or what was fastest where something was measured."""
+    if way != ANY_WAY or not measured_cuda.TABLE or not x.is_cuda:
+        return way
+    _, dtype = measured_cuda.dtypes(x.dtype)
+    packed = tokens.first is not None
+    like = measured_cuda.kind_of(kind.reference, dtype, 1, directions, packed, train)
+    device = measured_cuda.device_name(x.device.index)
+    found = measured_cuda.fastest_way(device, like, tokens.rows, H)
+    return ANY_WAY if found is None else NAMES.index(found) | IF_IT_CAN
 
-    def __init__(self, sides, tokens, resets, dy, dh_n, h0, saved):
-        self.sides, self.dh_n, self.h0 = sides, dh_n, h0
-        D, H = len(sides), sides[0].w_hr.shape[1]
-        self.dy = None if dy is None else tokens.without_padding(dy).chunk(D, 1)
-        self.h = saved.reshape(-1)[-tokens.count * D * H :].view(tokens.count, D, H)
-        self.ends = None
-        if tokens.steps:
-            self.ends = [_ends(tokens, resets, d == 1, saved) for d in range(D)]
 
-    def of_steps(self) -> tuple[Tensor | None, Tensor | None, None]:
-        """dy and dh_n before projection; the steps' own initial h is zero."""
-        by = [side.w_hr for side in self.sides]
-        dy = dh_n = None
-        if self.dy is not None:
-            dy = torch.cat([g @ w for g, w in zip(self.dy, by, strict=True)], 1)
-        if self.dh_n is not None:
-            dh_n = torch.stack([g @ w for g, w in zip(self.dh_n, by, strict=True)])
-        return dy, dh_n, None
+def limits(device: torch.device) -> tuple[int, int]:
+    """A device's multiprocessors, and the bytes of shared memory that a block may have."""
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_block_optin
 
-    def _first_sums(self, d: int, of_h: Tensor) -> Tensor:
-        """Gradients of the sums that h0 took part in, [rows, G*H]."""
-        each = self.ends[d]
-        return of_h[each.first].masked_fill_(~each.enters, 0)
 
-    def initial_gradient(self, d: int, of_h: Tensor) -> Tensor:
-        """dh0, [rows, P]."""
-        if self.ends is None:
-            return torch.zeros_like(self.h0[d]) if self.dh_n is None else self.dh_n[d]
-        dh0 = self._first_sums(d, of_h) @ self.sides[d].w_hh
-        return dh0 if self.dh_n is None else torch.where(self.ends[d].empty, self.dh_n[d], dh0)
+def ways(kind, dtype: torch.dtype, H: int, B: int, directions: int, device: torch.device,
+         like: measured_cuda.Kind | None = None, among: bool = False) -> tuple:  # fmt: skip
+    """How the two passes of a layer go from step to step, by name; launches nothing.
 
-    def weight_gradients(self, d: int, of_h: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of w_hh and w_hr, from that of their product."""
-        side = self.sides[d]
-        dw_hh, dw_hr = dw @ side.w_hr.t(), side.w_hh.t() @ dw
-        if self.ends is None:
-            return dw_hh, dw_hr
-        if self.h0 is not None:
-            dw_hh.addmm_(self._first_sums(d, of_h).t(), self.h0[d])
-        if self.dy is not None:
-            dw_hr.addmm_(self.dy[d].t(), self.h[:, d])
-        if self.dh_n is not None:
-            each = self.ends[d]
-            final = self.h[each.last, d].masked_fill_(~each.leaves, 0)
-            dw_hr.addmm_(self.dh_n[d].t(), final)
-        return dw_hh, dw_hr
+    Args:
+        kind, dtype, H, B, directions, device: of the call.
+        like: the same as the table of measurements knows it; None: by the plans alone.
+        among: whether h is projected among the steps.
+    """
+    chosen = STEP if among else way
+    if chosen == ANY_WAY and like is not None:
+        found = measured_cuda.fastest_way(measured_cuda.device_name(device.index), like, B, H)
+        chosen = ANY_WAY if found is None else NAMES.index(found) | IF_IT_CAN
+    size = kind.number, dtype.itemsize, chosen, H, B, directions
+    passes = (_native.cuda_way(*size, backward, *limits(device)) for backward in (False, True))
+    return tuple(NAMES[taken] for taken in passes)
 
 
 def in_order(grad: Tensor, moved: int) -> Tensor:

@@ -84,6 +84,14 @@ def test_a_part_beside_others_that_fails_or_takes_too_long_is_told_of(run):
     assert summary["tests"].startswith("ok") and summary["memcheck"].startswith("ok")
 
 
+def test_kernels_that_are_wrong_do_not_come_into_the_table(run):
+    assert "measured_cuda.json" in run()[1]
+    done, log, summary = run(bad="test_on_device.py -k", slow="nothing")
+    assert summary["recurrent memcheck"].startswith("FAILED") and "measured_cuda.json" in log
+    done, log, summary = run(bad="tests/cuda/test_on_device.py tests")
+    assert summary["recurrent tests"].startswith("FAILED") and "measured_cuda.json" not in log
+
+
 def test_without_a_compiler_the_rest_runs_all_the_same(run):
     done, _, summary = run(bad="pip")
     assert done.returncode == 1 and list(summary)[-1] == "install without the native library"

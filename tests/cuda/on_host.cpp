@@ -274,7 +274,7 @@ const char* grid_backward(const Backward<T>* sides, int D, const GridPlan& plan,
   template const char* step_forward<Cell, T>(const Forward<T>&, int64_t, void*); \
   template const char* step_backward<Cell, T>(const Backward<T>&, int64_t, bool, void*);
 #define STEP(name, Cell) FASTSEQ_STEP_TYPES(STEP_OF, Cell)
-FASTSEQ_CELLS(STEP)
+FASTSEQ_STEP_CELLS(STEP)
 
 #define WHOLE_OF(Cell, T)                                                                         \
   template const char* whole_forward<Cell, T>(const Forward<T>*, int, const WholePlan&, void*);   \

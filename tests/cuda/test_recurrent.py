@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastseq import _native
+from fastseq.functional.rnn import as_matrix
 from fastseq.ops import recurrent as op
 from fastseq.ops import recurrent_cuda
 from fastseq.ops.recurrent_cuda import GRID, STEP, WHOLE
@@ -108,6 +109,19 @@ def test_a_grid_of_little_memory_and_many_rows(cell, processors, shared, order):
         check(case)
 
 
+@pytest.mark.parametrize("way, H, taken", [(WHOLE, 300, GRID), (GRID, 3000, STEP), (GRID, 8, GRID)])
+def test_a_wish_that_cannot_be_is_no_error(way, H, taken):
+    weights = [torch.zeros(4 * H, width) for width in (4, H)]
+    settings = op.Settings(op.CELLS["lstm"].number, False, 1)
+    found = []
+    with on_host(way | recurrent_cuda.IF_IT_CAN), pytest.MonkeyPatch.context() as patch:
+        original = torch.ops.fastseq.recurrent_cuda_fwd
+        record = lambda *args: found.append(original(*args))  # noqa: E731
+        patch.setattr(torch.ops.fastseq, "recurrent_cuda_fwd", record)
+        op.run(settings, torch.randn(2, 3, 4), None, None, weights)
+    assert found == [taken]
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_a_grid_that_does_not_fit_at_once(cell):
     """Directions one after the other, and without room for one of them the way that needs none."""
@@ -144,13 +158,7 @@ def by_op(case):
 
     def call(x, *rest):
         states, weights = rest[: kind.states], rest[kind.states :]
-        if case.cell == "layer_norm_lstm":
-            # The op takes a cell's parameters as one matrix.
-            per = len(weights) // D
-            sides = [weights[d * per : (d + 1) * per] for d in range(D)]
-            weights = [
-                w for s in sides for w in (*s[:-4], torch.cat(s[-4:]).view(-1, s[1].shape[1]))
-            ]
+        weights = as_matrix(case.cell, list(weights), case.options["bias"], D)
         settings = op.Settings(kind.number, case.options["bias"], D, *tensors)
         return op.run(settings, x, *(*states, None)[:2], weights)
 
@@ -205,7 +213,14 @@ def test_the_way_follows_from_the_size():
             leaves = [w.requires_grad_() for w in weights]
             y, *_ = op.run(op.Settings(kind.number, False, 1), x.to(dtype), h, None, leaves)
             y.sum().backward()
-        return taken["recurrent_cuda_fwd"], taken["recurrent_cuda_bwd"]
+        found = taken["recurrent_cuda_fwd"], taken["recurrent_cuda_bwd"]
+        if _native.cuda_built():
+            # What explain() is told, which launches nothing.
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(recurrent_cuda, "limits", lambda device: (132, 232448))
+                said = recurrent_cuda.ways(kind, dtype, H, 3, 1, torch.device("cuda"))
+            assert said == tuple(recurrent_cuda.NAMES[way] for way in found)
+        return found
 
     for cell, dtype, fits, beyond in (
         ("lstm", torch.float32, 112, 128),
@@ -246,14 +261,46 @@ def test_projections_of_every_dtype(form, dtype):
         check(case, fn=fn, baseline=None if dtype == torch.float64 else case.reference())
 
 
-def test_a_projection_beside_zoneout_is_refused():
-    case = recurrent_case("lstm", 2, 3, 4, 6, proj_size=2)
-    fn = ours(case, zoneout=(0.1, 0.1))
-    with on_host(), pytest.raises(NotImplementedError, match="no projection beside zoneout"):
-        run_with_grads(fn, case.inputs, case.cotangents, names=case.names)
-    case = recurrent_case("layer_norm_lstm", 2, 3, 4, 6, proj_size=2)
-    with on_host(), pytest.raises(NotImplementedError, match="no projection beside layer norm"):
-        bits(case)
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("form", [form for form in PROJECTED if form != "no state"])
+def test_zoneout_of_what_is_projected(form, train):
+    for P, pair in ((3, (0.3, 0.2)), (8, (0.0, 0.4)), (9, (0.5, 0.0))):
+        case = recurrent_case("lstm", 6, 5, 4, 12, proj_size=P, seed=P, **FORMS[form])
+        case = case.packed() if "packed" in form else case
+        fn = seeded(ours(case, zoneout=pair, train=train), 5)
+        reference = seeded(with_zoneout(case, pair, train), 5)
+        with on_host():
+            check(case, f"zoneout {pair}", fn, reference, reference)
+
+
+@pytest.mark.parametrize("form", PROJECTED)
+def test_a_normalised_cell_with_a_projection(form):
+    for P in (3, 8):
+        case = recurrent_case("layer_norm_lstm", 6, 5, 4, 12, proj_size=P, seed=P, **FORMS[form])
+        with on_host():
+            check(case.packed() if "packed" in form else case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_projection_among_the_steps_of_every_dtype(dtype):
+    for form in ("resets, lengths", "packed"):
+        case = recurrent_case(
+            "layer_norm_lstm", 6, 5, 4, 20, proj_size=8, dtype=dtype, **FORMS[form]
+        )
+        case = case.packed() if "packed" in form else case
+        with on_host():
+            fn = ours(case) if dtype == torch.float64 else by_op(case)
+            check(case, fn=fn, baseline=None if dtype == torch.float64 else case.reference())
+
+
+def test_a_projection_among_the_steps_at_the_edges():
+    for T, B, H, P in ((1, 1, 1, 1), (2, 0, 4, 2), (2, 1, 5, 4), (3, 2, 4, 5)):
+        case = recurrent_case("layer_norm_lstm", T, B, 3, H, proj_size=P, bidirectional=True)
+        with on_host():
+            check(case)
+    case = recurrent_case("layer_norm_lstm", 0, 3, 3, 4, proj_size=2, bidirectional=True)
+    with on_host():
+        check(case, fn=by_op(case))
 
 
 def test_what_no_weight_wants_is_not_made():

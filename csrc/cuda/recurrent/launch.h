@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../cell/cells.h"
+#include "../../cell/projected.h"
 #include "recurrent.h"
 
 namespace fastseq {
@@ -31,7 +32,9 @@ const char* grid_backward(const Backward<T>* sides, int D, const GridPlan& plan,
 // sums want.
 constexpr int kStepThreads = 128, kWholeThreads = 512, kGridThreads = 256, kRowThreads = 128;
 
-// F(cell, type) for all that `step` serves, and those that `whole` and `grid` do.
+// X(name, cell) of all that `step` serves; F(cell, type) for those, and for those of `whole` and
+// `grid`.
+#define FASTSEQ_STEP_CELLS(X) FASTSEQ_CELLS(X) X("projection", cell::Zoneout<cell::Projected>)
 #define FASTSEQ_STEP_TYPES(F, Cell) F(Cell, double) F(Cell, float) F(Cell, Half) F(Cell, BFloat16)
 #define FASTSEQ_WHOLE_TYPES(F, Cell) F(Cell, float) F(Cell, Half) F(Cell, BFloat16)
 #define FASTSEQ_WHOLE_CELLS(X) X(cell::Lstm) X(cell::Gru) X(cell::RnnTanh) X(cell::RnnRelu)

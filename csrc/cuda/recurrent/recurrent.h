@@ -150,6 +150,22 @@ GridPlan plan_grid(const WholeSize& size, int64_t H, int64_t B, int64_t D, bool 
 int64_t step_clocks(const WholeSize& size, int64_t H, int64_t B, int64_t D,
                     const DeviceLimits& limits);
 
+// How a layer goes from step to step. A wanted way that can't run is none (kNone); with kIfItCan
+// added, it is left for the one that costs least by the plans' own reckoning, as with kAnyWay.
+constexpr int kNone = -1, kAnyWay = 0, kStep = 1, kWhole = 2, kGrid = 3, kIfItCan = 4;
+
+struct Choice {
+  int way;
+  WholePlan whole;
+  GridPlan grid;
+  int together;  // directions that `grid` runs at once
+};
+
+// The one place that chooses. has_whole: whether the cell and type have `whole` and `grid` at all;
+// most: directions that `grid` may run at once, 0 to D.
+Choice choose_way(const WholeSize& size, bool has_whole, int wanted, int64_t H, int64_t B,
+                  int64_t D, int64_t most, bool backward, const DeviceLimits& limits);
+
 // What `grid` returns, having done nothing, where the device can't run all its blocks at once.
 extern const char* const kNotTogether;
 
@@ -174,6 +190,9 @@ struct RecurrentKernels {
 int recurrent_kernel_count();
 template <class T>
 const RecurrentKernels<T>& recurrent_kernels(int cell);
+// Those of what a projection hands on, Zoneout<Projected> of csrc/cell.
+template <class T>
+const RecurrentKernels<T>& projection_kernels();
 
 // Of a device, by torch's number; multiprocessors = 0 where there is none, and *error says why.
 DeviceLimits device_limits(int device, const char** error);

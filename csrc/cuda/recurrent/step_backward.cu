@@ -38,7 +38,7 @@ const char* step_backward(const Backward<T>& a, int64_t t, bool initial, void* s
 #define DEFINE_OF(Cell, T) \
   template const char* step_backward<Cell, T>(const Backward<T>&, int64_t, bool, void*);
 #define DEFINE(name, Cell) FASTSEQ_STEP_TYPES(DEFINE_OF, Cell)
-FASTSEQ_CELLS(DEFINE)
+FASTSEQ_STEP_CELLS(DEFINE)
 
 }  // namespace cuda
 }  // namespace fastseq

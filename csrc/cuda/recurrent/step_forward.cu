@@ -38,7 +38,7 @@ const char* step_forward(const Forward<T>& a, int64_t t, void* stream) {
 #define DEFINE_OF(Cell, T) \
   template const char* step_forward<Cell, T>(const Forward<T>&, int64_t, void*);
 #define DEFINE(name, Cell) FASTSEQ_STEP_TYPES(DEFINE_OF, Cell)
-FASTSEQ_CELLS(DEFINE)
+FASTSEQ_STEP_CELLS(DEFINE)
 
 }  // namespace cuda
 }  // namespace fastseq

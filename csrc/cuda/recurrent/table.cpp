@@ -58,10 +58,18 @@ const RecurrentKernels<T>& recurrent_kernels(int cell) {
   static const RecurrentKernels<T> table[] = {FASTSEQ_ALL_CELLS(ENTRY)};
   return table[cell];
 }
-template const RecurrentKernels<double>& recurrent_kernels<double>(int);
-template const RecurrentKernels<float>& recurrent_kernels<float>(int);
-template const RecurrentKernels<Half>& recurrent_kernels<Half>(int);
-template const RecurrentKernels<BFloat16>& recurrent_kernels<BFloat16>(int);
+template <class T>
+const RecurrentKernels<T>& projection_kernels() {
+  static const RecurrentKernels<T> kernels = entry<cell::Zoneout<cell::Projected>, T>();
+  return kernels;
+}
+#define OF_TYPE(T)                                               \
+  template const RecurrentKernels<T>& recurrent_kernels<T>(int); \
+  template const RecurrentKernels<T>& projection_kernels<T>();
+OF_TYPE(double)
+OF_TYPE(float)
+OF_TYPE(Half)
+OF_TYPE(BFloat16)
 
 WholePlan plan_whole(const WholeSize& size, int64_t H, int64_t B, int64_t D, bool backward,
                      const DeviceLimits& limits) {
@@ -129,6 +137,33 @@ int64_t step_clocks(const WholeSize& size, int64_t H, int64_t B, int64_t D,
   // times as many by tensor cores.
   const int64_t fmas = B * size.gates * H * H, rate = 128 * (size.bytes == 2 ? 8 : 1);
   return D * (7000 + fmas / (rate * limits.multiprocessors));
+}
+
+Choice choose_way(const WholeSize& size, bool has_whole, int wanted, int64_t H, int64_t B,
+                  int64_t D, int64_t most, bool backward, const DeviceLimits& limits) {
+  Choice choice{};
+  if (wanted >= kIfItCan) {
+    choice = choose_way(size, has_whole, wanted % kIfItCan, H, B, D, most, backward, limits);
+    if (choice.way != kNone) return choice;
+    return choose_way(size, has_whole, kAnyWay, H, B, D, most, backward, limits);
+  }
+  if (has_whole && (wanted == kAnyWay || wanted == kWhole)) {
+    choice.whole = plan_whole(size, H, B, D, backward, limits);
+    choice.way = kWhole;
+    if (choice.whole.rows) return choice;
+  }
+  if (has_whole && (wanted == kAnyWay || wanted == kGrid)) {
+    choice.way = kGrid;
+    for (int64_t together = most; together >= 1; --together) {
+      choice.grid = plan_grid(size, H, B, together, backward, limits);
+      choice.together = int(together);
+      if (!choice.grid.units) continue;
+      const int64_t clocks = choice.grid.clocks * (D / together);
+      if (wanted == kGrid || clocks < step_clocks(size, H, B, D, limits)) return choice;
+    }
+  }
+  choice.way = wanted == kAnyWay || wanted == kStep ? kStep : kNone;
+  return choice;
 }
 
 }  // namespace cuda
