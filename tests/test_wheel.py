@@ -21,7 +21,8 @@ NINJA = ROOT / "build" / "native" / "build.ninja"
 def sources() -> set[str]:
     """What the wheel has to hold, by its names."""
     kernels = {f"fastseq/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
-    return kernels | {str(path.relative_to(ROOT)) for path in (ROOT / "fastseq").rglob("*.py")}
+    own = [path for kind in ("*.py", "*.json") for path in (ROOT / "fastseq").rglob(kind)]
+    return kernels | {str(path.relative_to(ROOT)) for path in own}
 
 
 @pytest.mark.skipif(not NINJA.exists(), reason="no native build")

@@ -404,7 +404,7 @@ def forward(*arguments):
     *before, forced = arguments[:5]
     if forced is not None:
         # Which tokens are given is known on the host; a graph serves any choice of them.
-        forced = forced.to(arguments[5].device, non_blocking=True)
+        forced = recurrent_cuda.send_flags(forced, arguments[5].device)
     with recurrent_cuda.on_device(arguments[5]):
         return GRAPHS["forward"](*before, forced, *arguments[5:])
 

@@ -7,6 +7,7 @@ out.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -20,9 +21,20 @@ __all__ = ["Replayed", "capture"]
 def capture(function: Callable, inputs: Sequence) -> tuple[Callable[[], None], list[Tensor]]:
     """A CUDA graph of ``function(*inputs)``: what replays it, and where its results lie then."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    stream = _capture_stream(torch.cuda.current_device())
+    # The outer stream is there to come back to: a capture that fails leaves its own in place.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
         outputs = function(*inputs)
     return graph.replay, outputs
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """torch's own stream for captures belongs to whichever device was captured on first."""
+    return torch.cuda.Stream(device)
 
 
 class _Graph:

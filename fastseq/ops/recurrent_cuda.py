@@ -38,6 +38,8 @@ __all__ = [
     "forward",
     "in_order",
     "on_device",
+    "send",
+    "send_flags",
     "sum_biases",
     "wants_apart",
     "way",
@@ -90,9 +92,7 @@ def send(t: Tensor, device: torch.device) -> Tensor:
     Raises:
         RuntimeError: the tensor is on the host, and a CUDA graph is being captured.
     """
-    if t.device == device or device.type != "cuda":
-        return t.to(device)
-    if t.is_cpu:
+    if t.device != device and t.is_cpu:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "fastseq: expected lengths and the like on the GPU while a CUDA graph is captured, "
@@ -100,6 +100,23 @@ def send(t: Tensor, device: torch.device) -> Tensor:
             )
         t = t.pin_memory()
     return t.to(device, non_blocking=True)
+
+
+def send_flags(flags: Tensor, device: torch.device) -> Tensor:
+    """A bool [n] on the device. One of the host's goes as bits of numbers that kernels are called
+    with: nothing is copied, so nothing waits, and a captured graph keeps them."""
+    if flags.device == device or not flags.is_cpu:
+        return flags.to(device)
+    parts = []
+    for part in flags.split(_BITS):
+        number = sum(flag << i for i, flag in enumerate(part.tolist()))
+        places = torch.arange(len(part), device=device)
+        parts.append(torch.bitwise_right_shift(number, places).bitwise_and_(1))
+    return torch.cat(parts).bool()
+
+
+# Of an int64, its sign left out.
+_BITS = 62
 
 
 def _tokens(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None, lengths: Tensor | None):
