@@ -13,6 +13,7 @@ from fastseq.ops.recurrent_cuda import GRID, STEP, WHOLE
 from fastseq.testing import assert_matches, recurrent_case, run_with_grads
 from tests.cuda.on_host import COMPILER, load, on_host
 from tests.fuzz_recurrent import ours, seeded, with_zoneout, yardstick
+from tests.test_functional_rnn_calls import SPECIALS
 
 if not _native.loaded():
     pytest.skip(str(_native.why_not_loaded()), allow_module_level=True)
@@ -81,11 +82,35 @@ def test_sizes_at_the_edges(way, cell):
         check(case, fn=by_op(case))
 
 
-@pytest.mark.parametrize("cell", STEP_CELLS)
+@pytest.mark.parametrize("cell", [*STEP_CELLS, "layer_norm_lstm"])
 @pytest.mark.parametrize("form", ["both directions", "resets, lengths", "packed"])
 def test_float64(cell, form):
     with on_host(STEP):
         check(case_of(cell, form, 8, dtype=torch.float64))
+
+
+def test_normalised_rows_wider_than_a_block():
+    options = dict(resets=0.3, lengths=[3, 0, 2], bidirectional=True)
+    with on_host(STEP):
+        check(recurrent_case("layer_norm_lstm", 3, 3, 4, 150, **options))
+
+
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+def test_special_values_as_in_the_reference(way, cell):
+    for name, (which, change) in SPECIALS.items():
+        case = recurrent_case(cell, 5, 3, 4, 21).map(torch.clone)
+        if which not in case.inputs:
+            continue
+        change(case.inputs[which])
+        # torch's layer_norm makes NaN of huge values: without a yardstick, outputs alone.
+        normalised = cell == "layer_norm_lstm"
+        baseline = case.reference() if normalised else yardstick(case)
+        cotangents = [] if normalised and "huge" in name else [case.cotangents]
+        with on_host(way):
+            assert_matches(
+                ours(case), case.reference(), baseline, case.inputs, *cotangents,
+                names=case.names, what=f"{name} {case}",
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("cell", WHOLE_CELLS)

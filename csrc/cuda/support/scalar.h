@@ -149,9 +149,10 @@ FASTSEQ_BOTH Lanes<A, N> relu(Lanes<A, N> x) {
   for (int i = 0; i < N; ++i) x.v[i] = x.v[i] <= A(0) ? A(0) : x.v[i];
   return x;
 }
+// d where x is positive or NaN, else 0: as torch's gradient.
 template <class A, int N>
 FASTSEQ_BOTH Lanes<A, N> where_positive(Lanes<A, N> x, Lanes<A, N> d) {
-  for (int i = 0; i < N; ++i) d.v[i] = x.v[i] > A(0) ? d.v[i] : A(0);
+  for (int i = 0; i < N; ++i) d.v[i] = x.v[i] <= A(0) ? A(0) : d.v[i];
   return d;
 }
 
