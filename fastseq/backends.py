@@ -257,6 +257,11 @@ def _cuda_obstacle(cell, x, params) -> str | None:
         return "the CUDA kernels need compute capability 8.0"
     if torch.is_autocast_enabled("cuda"):
         return "autocast on a GPU is torch's"
+    H = params[0].shape[0] // 4
+    if cell == "layer_norm_lstm" and (
+        recurrent_cuda.row_bytes(H, x.dtype) > recurrent_cuda.limits(x.device)[1]
+    ):
+        return f"no block of the GPU's has the memory to normalise rows of {H} units"
     return None
 
 

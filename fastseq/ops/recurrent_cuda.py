@@ -38,6 +38,7 @@ __all__ = [
     "forward",
     "in_order",
     "on_device",
+    "row_bytes",
     "send",
     "send_flags",
     "sum_biases",
@@ -386,6 +387,12 @@ def limits(device: torch.device) -> tuple[int, int]:
     """A device's multiprocessors, and the bytes of shared memory that a block may have."""
     found = torch.cuda.get_device_properties(device)
     return found.multi_processor_count, found.shared_memory_per_block_optin
+
+
+def row_bytes(H: int, dtype: torch.dtype) -> int:
+    """Shared memory that a block needs for a row of a cell that normalises: ten of its H units, and
+    two rounds of its threads' sums (csrc/cuda/recurrent/normalised.h)."""
+    return (256 + 10 * H) * (8 if dtype == torch.float64 else 4)
 
 
 def ways(kind, dtype: torch.dtype, H: int, B: int, directions: int, device: torch.device,

@@ -80,6 +80,14 @@ def test_explain_names_the_way_of_each_pass_and_of_what_must_go_step_by_step(a_g
     assert f"`grid`, {WORDS['grid']}; backward `step`, {WORDS['step']}" in found
 
 
+def test_rows_too_wide_to_be_normalised_are_the_reference_s(a_gpu, monkeypatch):
+    monkeypatch.setattr(measured_cuda, "TABLE", {"a GPU": []})
+    assert said(nn.LayerNormLSTM, 5, 3, 8, H=5785).backend == "cuda"
+    found = said(nn.LayerNormLSTM, 5, 3, 8, H=5786)
+    assert found.backend == "torch" and "rows of 5786 units" in found.reason
+    assert said(nn.LayerNormLSTM, 5, 3, 8, H=2900, dtype=torch.float64).backend == "torch"
+
+
 def test_what_runs_follows_a_planted_way(a_gpu, monkeypatch):
     monkeypatch.setattr(recurrent_cuda, "way", recurrent_cuda.STEP)
     with fastseq.use_backend("cuda"):
