@@ -16,6 +16,7 @@ PARTS = [
     "doctor",
     "tests",
     "recurrent tests",
+    "resources",
     "memcheck",
     "recurrent memcheck",
     "racecheck",
@@ -77,18 +78,18 @@ def test_a_part_that_fails_stops_no_other(run):
 
 
 def test_a_part_beside_others_that_fails_or_takes_too_long_is_told_of(run):
-    done, _, summary = run(bad="racecheck", slow="test_build.py", seconds=3)
+    done, _, summary = run(bad="racecheck", slow="worksteal tests/cuda", seconds=3)
     assert done.returncode == 1 and list(summary) == PARTS
     assert all("FAILED: 3" in summary[name] for name in ("racecheck", "recurrent racecheck"))
     assert "FAILED: more than" in summary["recurrent tests"]
-    assert summary["tests"].startswith("ok") and summary["memcheck"].startswith("ok")
+    assert summary["tests"].startswith("ok") and summary["resources"].startswith("ok")
 
 
 def test_kernels_that_are_wrong_do_not_come_into_the_table(run):
     assert "measured_cuda.json" in run()[1]
     done, log, summary = run(bad="test_on_device.py -k", slow="nothing")
     assert summary["recurrent memcheck"].startswith("FAILED") and "measured_cuda.json" in log
-    done, log, summary = run(bad="tests/cuda/test_on_device.py tests")
+    done, log, summary = run(bad="worksteal tests/cuda/test_on_device.py")
     assert summary["recurrent tests"].startswith("FAILED") and "measured_cuda.json" not in log
 
 
