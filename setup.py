@@ -4,8 +4,8 @@ The library uses torch's stable ABI and no Python API: one file serves every Pyt
 from TORCH_TARGET on. Without a compiler or torch headers the package installs all the same, and
 runs on plain PyTorch. With CUDA's compiler, nvcc, it holds the GPU's kernels too; that takes
 neither a GPU nor a CUDA build of torch. Environment: CXX, CXXFLAGS, NVCC; FASTSEQ_CUDA=0 leaves out
-what is for a GPU; FASTSEQ_WERROR=0 lets nvcc warn; FASTSEQ_ISAS="scalar avx512" builds for these only; FASTSEQ_REQUIRE_NATIVE=1
-makes a failed build an error.
+what is for a GPU; FASTSEQ_WERROR=0 lets nvcc warn; FASTSEQ_ISAS="scalar avx512" builds for these
+only; FASTSEQ_REQUIRE_NATIVE=1 makes a failed build an error.
 """
 
 import os
