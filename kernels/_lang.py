@@ -16,11 +16,13 @@ __all__ = [
     "attended",
     "blocks",
     "compiler_options",
+    "given",
     "offset",
     "on",
     "power_of_two",
     "precision",
     "tanh",
+    "until",
     "upcast",
     "which_tanh",
 ]
@@ -40,6 +42,20 @@ BACKEND = "" if INTERPRET else "hip" if torch.version.hip else "cuda"
 def offset(i, stride):
     """i * stride in 64 bits: a tensor may have more than 2^31 elements."""
     return tl.cast(i, tl.int64) * stride
+
+
+@triton.jit
+def given(p):
+    """Whether there is a tensor at ``p``: one that a call does without is a null pointer, as a
+    constant None would double the number of kernels."""
+    return tl.cast(p, tl.int64) != 0
+
+
+@triton.jit
+def until(lengths, i_b, end):
+    """Where row i_b stops: at its length, if it has one, or at ``end``."""
+    length = tl.load(lengths + i_b, mask=given(lengths), other=end)
+    return tl.minimum(length, end).to(tl.int32)
 
 
 @triton.jit
@@ -74,12 +90,11 @@ def tanh(x, TANH: tl.constexpr):
 def attended(mask, o_mask, length, o_s, rows):
     """Which of the positions o_s [S] a block of rows [Q, 1] may look at: [Q, S].
 
-    mask: bytes or None; o_mask: its offsets [Q, S]; length: positions that count.
+    mask: bytes, or null; o_mask: its offsets [Q, S]; length: positions that count.
     """
     here = rows & (o_s < length)[None, :]
-    if mask is not None:
-        here = here & (tl.load(mask + o_mask, mask=here, other=0) != 0)
-    return here
+    asked = here & (o_s < tl.where(given(mask), length, 0))[None, :]
+    return here & (tl.load(mask + o_mask, mask=asked, other=1) != 0)
 
 
 def upcast(dtype: torch.dtype) -> bool:
@@ -107,14 +122,14 @@ def blocks(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def compiler_options(config: dict[str, int], backend: str) -> dict[str, int]:
-    """``config`` as the compiler for "cuda" or "hip", or the interpreter (""), takes it."""
-    if backend != "cuda":
+def compiler_options(config: dict[str, int]) -> dict[str, int]:
+    """``config`` as the compiler for NVIDIA or AMD, or the interpreter, takes it."""
+    if BACKEND != "cuda":
         # NVIDIA's assembler would rather spill than lose a program a multiprocessor; AMD's has no
         # such option.
         config = {name: value for name, value in config.items() if name != "maxnreg"}
     # A product followed by a sum is rounded once: Triton's own default has changed.
-    return config | {"enable_fp_fusion": True} if backend else config
+    return config | {"enable_fp_fusion": True} if BACKEND else config
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

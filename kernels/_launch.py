@@ -9,6 +9,7 @@ like the one before, as every step of a decoder's is, finds its plan by one comp
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Callable, Hashable, Sequence
 
@@ -20,7 +21,18 @@ from triton.runtime import driver
 
 from ._lang import on
 
-__all__ = ["Launch", "addresses", "forget", "run_planned"]
+__all__ = ["Kernel", "Launch", "addresses", "forget", "run_planned"]
+
+# Arguments that may be anything, also where the rest is aligned: the sizes that change from call to
+# call, and tensors whose rows have one of them.
+UNALIGNED = frozenset("B Q S parts span stride_mb stride_mq mask lengths weights d_weights".split())
+# Types of tensors that a call may do without; others have the type of its first.
+_ABSENT = {
+    "lengths": torch.int64,
+    "mask": torch.uint8,
+    "partial": torch.float32,
+    "peaks": torch.float32,
+}
 
 # More kinds of calls than a program makes; one whose shapes never repeat must not fill the memory.
 MOST_PLANS = 4096
@@ -94,6 +106,27 @@ def _watched() -> bool:
     return bool(getattr(hook, "calls", hook))
 
 
+class Kernel:
+    """A function of Triton's, jitted twice: ``kernel[False]`` for any tensors, ``kernel[True]`` for
+    those whose addresses, widths and strides are all multiples of 16.
+
+    Left to itself, Triton would compile anew for each combination of them.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        kinds = {
+            name: str(p.annotation) for name, p in inspect.signature(function).parameters.items()
+        }
+        names = [name for name, kind in kinds.items() if "constexpr" not in kind]
+        self._jitted = [
+            triton.jit(function, do_not_specialize=free, do_not_specialize_on_alignment=free)
+            for free in (names, sorted(UNALIGNED.intersection(names)))
+        ]
+
+    def __getitem__(self, aligned: bool):
+        return self._jitted[aligned]
+
+
 class Launch:
     """A kernel with everything settled but its pointers and its floating-point arguments.
 
@@ -112,7 +145,8 @@ class Launch:
         """Prepare a launch.
 
         Args:
-            kernel: jitted; its arguments are tensors, floats, sizes, strides, constants.
+            kernel: of a :class:`Kernel`; its arguments are tensors, floats, sizes, strides,
+                constants.
             device: where.
             programs: how many.
             sizes, strided: the integers: sizes, and tensors whose two outer strides follow.
@@ -146,10 +180,7 @@ class Launch:
                 self(inputs, where, buffers, *floats)
 
     def _by_triton(self, tensors, floats) -> None:
-        # A kernel takes a mask as bytes.
-        tensors = [
-            t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t for t in tensors
-        ]
+        tensors = self._present(tensors)
         with on(self._device):
             compiled = self._kernel[self._grid](*tensors, *floats, *self._integers, **self._options)
         if compiled is None:
@@ -158,6 +189,16 @@ class Launch:
         active = driver.active
         self._current, self._stream = active.get_current_device, active.get_current_stream
         self._launch = _launcher(compiled, self._grid, (*tensors, *floats, *self._rest))
+
+    def _present(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Tensors that are None as empty ones, whose address is null; a mask as bytes."""
+        first = next(t for t in tensors if t is not None)
+        found = []
+        for name, t in zip(self._kernel.arg_names, tensors, strict=False):
+            if t is None:
+                t = first.new_empty(0, dtype=_ABSENT.get(name, first.dtype))
+            found.append(t.view(torch.uint8) if t.dtype == torch.bool else t)
+        return found
 
 
 def _launcher(compiled, grid: tuple, arguments: tuple) -> Callable[[object, tuple], object]:

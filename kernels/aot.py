@@ -1,35 +1,46 @@
 """Compile every kernel for GPUs that are not here, and hold each to a budget.
 
-python -m fastseq.kernels.aot [--quick] [--target sm_90]
+python -m fastseq.kernels.aot [--target sm_90]
 
 Needs triton and no GPU: the compilers for NVIDIA and AMD, and the tool that reads registers and
-spills out of a binary, come with it.
+spills out of a binary, come with it. What there is to compile is not listed but asked for: the
+launchers run on calls of every kind, and what they would have Triton compile is noted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
+import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime import driver
 
-from ._lang import PRECISION, compiler_options
-from .attention.additive_bwd import additive_bwd_kernel
-from .attention.additive_fwd import additive_fwd_kernel
-from .attention.dot_fwd import dot_fwd_kernel
-from .attention.softmax import merge_kernel, scores_bwd_kernel
-from .attention.tuned import tiles
+from . import _lang, _launch
+from .attention import kernel, launch
+from .attention.tuned import TUNED
 
-__all__ = ["BUDGETS", "TARGETS", "Resources", "Variant", "compile_variant", "compiled", "variants"]
+__all__ = [
+    "BUDGETS",
+    "TARGETS",
+    "Resources",
+    "Variant",
+    "asked_for",
+    "calls",
+    "resources",
+    "variants",
+]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,27 +48,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-
-KERNELS = {
-    "additive_fwd": additive_fwd_kernel,
-    "additive_bwd": additive_bwd_kernel,
-    "dot_fwd": dot_fwd_kernel,
-    "scores_bwd": scores_bwd_kernel,
-    "merge": merge_kernel,
-}
-_TYPES = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
-# Tensors of a fixed type, whatever the call's.
-_FIXED = {
-    "mask": "*u8",
-    "lengths": "*i64",
-    "scores": "*fp32",
-    "partial": "*fp32",
-    "peaks": "*fp32",
-    "d_p": "*fp32",
-    "d_query": "*fp32",
-    "d_v": "*fp32",
-}
-_STRIDED = re.compile(r"stride_[qkve][bqs]$|^[KC]$")
+# What a launcher sets of a compiler's options.
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,45 +70,7 @@ class Resources:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One way a kernel is compiled: ``absent`` names tensors that are None, ``narrow`` means widths
-    that are small and odd, ``whole`` that a source is not split."""
-
-    stage: str
-    dtype: str
-    single: bool = False
-    absent: tuple[str, ...] = ()
-    whole: bool = True
-    precision: str = "highest"
-    tanh: str = "rcp"
-    narrow: bool = False
-
-    def __str__(self) -> str:
-        said = [self.stage, self.dtype, "one query" if self.single else "queries"]
-        said += [f"no {name}" for name in self.absent]
-        said += [] if self.whole else ["parts"]
-        said += [] if self.precision == "highest" else [self.precision]
-        said += [] if self.tanh == "rcp" else [f"{self.tanh} tanh"]
-        return " ".join(said + ["narrow"] * self.narrow)
-
-    def config(self, backend: str) -> dict[str, object]:
-        """Constants and options, as the launcher would choose them for "cuda" or "hip"."""
-        if self.stage == "merge":
-            return tiles("merge", False, True) | {"LANES": 8}
-        narrow = {"BLOCK_K": 32, "BLOCK_C": 32} if self.narrow else {}
-        exact = self.dtype == "f32" and self.precision == "highest"
-        chosen = tiles(self.stage, self.single, exact)
-        return {name: narrow.get(name, value) for name, value in chosen.items()} | {
-            "WHOLE": self.whole,
-            "PRECISION": PRECISION[backend][self.precision],
-            "UPCAST": False,
-            # The other forms are instructions of NVIDIA's.
-            "TANH": self.tanh if backend == "cuda" else "exact",
-        }
-
-
-# By stage: what the defaults take, and a little room. Nothing may spill.
+# By kernel: what the defaults take, and a little room. Nothing may spill.
 BUDGETS = {
     "additive_fwd": Resources(16 << 10, 144, 0),
     "additive_bwd": Resources(512, 208, 0),
@@ -126,98 +80,146 @@ BUDGETS = {
 }
 
 
-def variants(quick: bool = False) -> Iterator[Variant]:
-    """Every combination a launcher can ask for, or enough to meet each option of each kernel."""
-    if quick:
-        yield Variant("additive_fwd", "f32", absent=("partial", "peaks"))
-        yield Variant("additive_fwd", "bf16", True, ("extra", "mask", "lengths"), whole=False)
-        yield Variant("additive_bwd", "f32")
-        yield Variant("dot_fwd", "bf16", absent=("mask", "partial", "peaks"))
-        yield Variant("dot_fwd", "f32", True, ("partial", "peaks"))
-        yield Variant("scores_bwd", "f32", absent=("d_weights",))
-        yield Variant("merge", "f32")
-        yield Variant("additive_fwd", "f16", narrow=True, whole=False)
-        return
-    whole = {True: ("partial", "peaks"), False: ()}
-    for dtype, single in itertools.product(_TYPES, (False, True)):
-        precisions = tuple(PRECISION["cuda"]) if dtype == "f32" else ("highest",)
-        for stage, precision, together in itertools.product(
-            ("additive_fwd", "dot_fwd"), precisions, (True, False)
-        ):
-            options = (
-                ("extra", "mask", "lengths") if stage == "additive_fwd" else ("mask", "lengths")
-            )
-            for absent in _subsets(options):
-                fast = stage == "additive_fwd" and precision == "medium"
-                tanh = "fast" if fast else "rcp"
-                yield Variant(
-                    stage, dtype, single, absent + whole[together], together, precision, tanh
-                )
-        for absent in _subsets(("extra", "lengths")):
-            for tanh in ("rcp", "fast"):
-                yield Variant("additive_bwd", dtype, single, absent, tanh=tanh)
-        for precision, lost in itertools.product(precisions, ((), ("d_context",), ("d_weights",))):
-            for absent in (lost, (*lost, "lengths")):
-                yield Variant("scores_bwd", dtype, single, absent, precision=precision)
-        for stage in ("additive_fwd", "dot_fwd", "additive_bwd", "scores_bwd"):
-            yield Variant(stage, dtype, single, narrow=True, whole=False)
-    for dtype, absent in itertools.product(_TYPES, ((), ("lengths",))):
-        yield Variant("merge", dtype, absent=absent)
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way a kernel is compiled: as Triton is asked to, with dictionaries as tuples of pairs."""
+
+    kernel: object
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[tuple[int, ...], object], ...]
+    attributes: tuple[tuple[tuple[int, ...], str], ...]
+    options: tuple[tuple[str, object], ...]
+    target: str
+
+    @property
+    def stage(self) -> str:
+        return self.kernel.__name__.removesuffix("_kernel")
+
+    @property
+    def named(self) -> dict[str, object]:
+        """Constants by name."""
+        names = [name for name, _ in self.signature]
+        return {names[index]: value for (index,), value in self.constants}
+
+    def __str__(self) -> str:
+        types = dict(self.signature)
+        first = next(iter(types))
+        said = [self.target, self.stage, types["weights" if self.stage == "merge" else first][1:]]
+        said += [types["d_scores"][1:]] if self.stage == "scores_bwd" else []
+        said += [f"{name}={value}" for name, value in self.named.items() if value is not False]
+        return " ".join([*said, "aligned" if any("16" in a for _, a in self.attributes) else "any"])
+
+    def compiled(self) -> CompiledKernel:
+        """Its machine code.
+
+        Raises:
+            RuntimeError: it does not compile.
+        """
+        attributes = {index: json.loads(said) for index, said in self.attributes}
+        source = ASTSource(self.kernel, dict(self.signature), dict(self.constants), attributes)
+        try:
+            return triton.compile(source, target=TARGETS[self.target], options=dict(self.options))
+        except Exception as error:
+            raise RuntimeError(f"fastseq.kernels.aot: {self}: {error}") from error
 
 
-def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    for size in range(len(names) + 1):
-        yield from itertools.combinations(names, size)
+class _Asked:
+    """A driver for a target that is not there, for launches that come no further than asking."""
+
+    def __init__(self, target: str) -> None:
+        # What Triton keeps of a device must not be another target's.
+        self.get_current_device = lambda: target
+        self.get_current_stream = lambda device: 0
+        self.get_current_target = lambda: TARGETS[target]
 
 
-def _source(variant: Variant, backend: str) -> tuple[ASTSource, dict[str, int]]:
-    kernel = KERNELS[variant.stage]
-    config = variant.config(backend)
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in variant.absent:
-            signature[name], constants[name] = "constexpr", None
-        elif name.isupper() and name in config:
-            signature[name], constants[name] = "constexpr", config[name]
-        elif name == "scale":
-            signature[name] = "fp32"
-        elif name in ("B", "Q", "S", "K", "C", "parts", "span") or name.startswith("stride"):
-            signature[name] = "i32"
-            # As a call with widths that are multiples of 16 is specialised.
-            if _STRIDED.match(name) and not variant.narrow:
-                attributes[index,] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = _FIXED.get(name, _TYPES[variant.dtype])
-            attributes[index,] = [["tt.divisibility", 16]]
-    if variant.stage == "additive_bwd":
-        signature["d_scores"] = "*fp32"
-    options = {name: value for name, value in config.items() if name.islower()}
-    return ASTSource(kernel, signature, constants, attributes), options
+@contextlib.contextmanager
+def asked_for(target: str, name: str = "", processors: int = 132) -> Iterator[set[Variant]]:
+    """Within it, launches do nothing but note in a set what they would have Triton compile.
 
-
-def compiled(variant: Variant, target: str) -> CompiledKernel:
-    """``variant`` for a target of ``TARGETS``.
-
-    Raises:
-        RuntimeError: it does not compile.
+    Args:
+        target: of ``TARGETS``, taken for the GPU at hand.
+        name, processors: of the device, as tiles and the splitting of a source ask for them.
     """
-    backend = TARGETS[target].backend
-    source, options = _source(variant, backend)
+    found: set[Variant] = set()
+
+    def note(*, fn, compile, **_) -> bool:
+        data = json.loads(compile["specialization_data"])
+        options = [(o, data["options"][o]) for o in _OPTIONS if data["options"].get(o) is not None]
+        found.add(
+            Variant(
+                fn.jit_function,
+                tuple(compile["signature"].items()),
+                tuple(compile["constants"].items()),
+                tuple((index, json.dumps(said)) for index, said in compile["configs"][0].items()),
+                tuple(options),
+                target,
+            )
+        )
+        return True
+
+    runtime = triton.knobs.runtime
+    before = (_lang.BACKEND, launch._device, runtime.jit_cache_hook, driver._active)
+    _lang.BACKEND, launch._device = TARGETS[target].backend, lambda index: (name, processors)
+    runtime.jit_cache_hook = note
+    driver.set_active(_Asked(target))
+    _launch.forget()
     try:
-        options = compiler_options(options, backend)
-        return triton.compile(source, target=TARGETS[target], options=options)
-    except Exception as error:
-        raise RuntimeError(f"fastseq.kernels.aot: {variant} for {target}: {error}") from error
+        yield found
+    finally:
+        _lang.BACKEND, launch._device, runtime.jit_cache_hook, active = before
+        driver.set_active(active)
+        _launch.forget()
 
 
-def compile_variant(variant: Variant, target: str) -> Resources:
-    """What :func:`compiled` of a variant takes."""
-    kernel = compiled(variant, target)
-    if "amdgcn" in kernel.asm:
-        registers, spills = _amd_usage(kernel.asm["amdgcn"])
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PRECISIONS = ("highest", "high", "medium")
+# K and C: wide and narrow, aligned and not.
+WIDTHS = (128, 48, 65, 5)
+QUERIES = (2, 1)
+# So many positions that the source goes in parts: a kernel more than where it does not.
+_SOURCE = 300
+
+
+def calls() -> Iterator[Callable[[], object]]:
+    """A call, forward and backward, of each kind that the launchers tell apart."""
+    S = _SOURCE
+    for score, dtype, width, Q in itertools.product(("additive", "dot"), DTYPES, WIDTHS, QUERIES):
+        query, keys = torch.zeros(1, Q, width, dtype=dtype), torch.zeros(1, S, width, dtype=dtype)
+        weights = torch.zeros(1, Q, S, dtype=dtype)
+        inputs = [query, keys, keys, *([query[0, 0], None] if score == "additive" else [])]
+
+        def call(score=score, inputs=inputs, weights=weights) -> None:
+            kernel(f"{score}_fwd")(*inputs, None, None, 1.0)
+            cotangents = inputs[0], None
+            kernel(f"{score}_bwd")(*cotangents, *inputs, None, weights, 1.0, True, False)
+
+        yield call
+
+
+def variants(target: str) -> list[Variant]:
+    """Everything a launcher can ask of Triton on ``target``, with each device's tiles."""
+    found: dict[Variant, None] = {}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for name, precision in itertools.product(("", *TUNED), PRECISIONS):
+            torch.set_float32_matmul_precision(precision)
+            with asked_for(target, name) as asked:
+                for call in calls():
+                    call()
+            found |= dict.fromkeys(sorted(asked, key=str))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return list(found)
+
+
+def resources(code: CompiledKernel) -> Resources:
+    """What machine code takes."""
+    if "amdgcn" in code.asm:
+        registers, spills = _amd_usage(code.asm["amdgcn"])
     else:
-        registers, spills = _nvidia_usage(kernel.asm["cubin"])
-    return Resources(kernel.metadata.shared, registers, spills)
+        registers, spills = _nvidia_usage(code.asm["cubin"])
+    return Resources(code.metadata.shared, registers, spills)
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
@@ -246,24 +248,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastseq.kernels.aot", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--quick", action="store_true", help="a few variants of each kernel")
     parser.add_argument("--target", choices=TARGETS, action="append", help="all by default")
     arguments = parser.parse_args(argv)
     failed = 0
-    for variant, target in itertools.product(
-        variants(arguments.quick), arguments.target or TARGETS
-    ):
-        budget = BUDGETS[variant.stage]
+    for variant in itertools.chain.from_iterable(map(variants, arguments.target or TARGETS)):
         try:
-            found = compile_variant(variant, target)
+            found = resources(variant.compiled())
         except RuntimeError as error:
             failed += 1
             print(error)
             continue
+        budget = BUDGETS[variant.stage]
         verdict = "ok" if found.within(budget) else f"above {budget}"
         failed += not found.within(budget)
         print(
-            f"{target} {variant}: {found.shared} B, {found.registers} regs, "
+            f"{variant}: {found.shared} B, {found.registers} regs, "
             f"{found.spills} spilled: {verdict}",
             flush=True,
         )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ._launch import forget
-from .attention import kernel, launch
+from .attention import kernel
 from .attention.tuned import TUNED, tiles
 
 __all__ = ["CANDIDATES", "candidates", "search"]
@@ -120,7 +120,6 @@ def main(argv: list[str] | None = None) -> None:
 
         def measure(config, key=key, call=call):
             found[key] = config
-            launch._config.cache_clear()
             forget()
             return _seconds(call)
 

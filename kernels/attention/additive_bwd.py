@@ -14,18 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._lang import blocks, offset, tanh, which_tanh
-from .._launch import Launch, run_planned
-from .launch import densely, options, scores_gradient, split, values_gradient
+from .._lang import blocks, given, offset, power_of_two, tanh, until, which_tanh
+from .._launch import Kernel, Launch, run_planned
+from .launch import aligned, densely, options, scores_gradient, split, values_gradient
 
 __all__ = ["additive_bwd", "additive_bwd_kernel"]
 
 
-@triton.jit(do_not_specialize=["B", "Q", "S", "parts", "span"])
+@Kernel
 def additive_bwd_kernel(
     query,
     keys,
@@ -36,18 +35,18 @@ def additive_bwd_kernel(
     d_query,
     d_keys,
     d_v,
-    B,
-    Q,
-    S,
-    K,
-    parts,
-    span,
-    stride_qb,
-    stride_qq,
-    stride_kb,
-    stride_ks,
-    stride_eb,
-    stride_es,
+    B: tl.int32,
+    Q: tl.int32,
+    S: tl.int32,
+    K: tl.int32,
+    parts: tl.int32,
+    span: tl.int32,
+    stride_qb: tl.int64,
+    stride_qq: tl.int64,
+    stride_kb: tl.int64,
+    stride_ks: tl.int64,
+    stride_eb: tl.int64,
+    stride_es: tl.int64,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TANH: tl.constexpr,
@@ -61,9 +60,7 @@ def additive_bwd_kernel(
     i_b = tl.program_id(0) // parts // columns
     start = i_part * span
     end = tl.minimum(start + span, S)
-    stop = end
-    if lengths is not None:
-        stop = tl.minimum(tl.load(lengths + i_b), end).to(tl.int32)
+    stop = until(lengths, i_b, end)
     o_k = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = o_k < K
     weight = tl.load(v + o_k, mask=inside, other=0.0).to(tl.float32)
@@ -79,7 +76,7 @@ def additive_bwd_kernel(
             mask=here,
             other=0.0,
         ).to(tl.float32)
-        if extra is not None:
+        if given(extra):
             p_extra = extra + offset(i_b, stride_eb) + offset(o_s, stride_es)[:, None]
             key += tl.load(p_extra + o_k[None, :], mask=here, other=0.0).to(tl.float32)
         sum_k = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
@@ -132,14 +129,17 @@ def additive_bwd(
 
 
 def _plan(inputs: tuple) -> Callable:
-    query, keys, _, extra, _ = inputs
+    query, keys, v, extra, _ = inputs
     B, Q, K = query.shape
     S = keys.shape[1]
-    config = options("additive_bwd", query, K=K)
+    fits = aligned(query, keys, v, extra)
+    config = options("additive_bwd", query, fits)
+    # A warp's columns, or half of them where there are no more.
+    config["BLOCK_K"] = power_of_two(K, 64, config["BLOCK_K"])
     programs = B * blocks(K, config["BLOCK_K"])
     parts, span = split(query.device, programs, S, config["BLOCK_S"], config["num_warps"])
     gradient = Launch(
-        additive_bwd_kernel,
+        additive_bwd_kernel[fits],
         query.device,
         programs * parts,
         (B, Q, S, K, parts, span),

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._lang import attended, offset, tanh
-from .._launch import run_planned
+from .._lang import attended, given, offset, tanh, until
+from .._launch import Kernel, run_planned
 from .launch import densely, plan_forward
 from .softmax import attend
 
 __all__ = ["additive_fwd", "additive_fwd_kernel"]
 
 
-@triton.jit(do_not_specialize=["B", "Q", "S", "parts", "span", "stride_mb", "stride_mq"])
+@Kernel
 def additive_fwd_kernel(
     query,
     keys,
@@ -30,31 +29,30 @@ def additive_fwd_kernel(
     context,
     partial,
     peaks,
-    scale,
-    B,
-    Q,
-    S,
-    K,
-    C,
-    parts,
-    span,
-    stride_qb,
-    stride_qq,
-    stride_kb,
-    stride_ks,
-    stride_vb,
-    stride_vs,
-    stride_mb,
-    stride_mq,
-    stride_eb,
-    stride_es,
+    scale: tl.float32,
+    B: tl.int32,
+    Q: tl.int32,
+    S: tl.int32,
+    K: tl.int32,
+    C: tl.int32,
+    parts: tl.int32,
+    span: tl.int32,
+    stride_qb: tl.int64,
+    stride_qq: tl.int64,
+    stride_kb: tl.int64,
+    stride_ks: tl.int64,
+    stride_vb: tl.int64,
+    stride_vs: tl.int64,
+    stride_mb: tl.int64,
+    stride_mq: tl.int64,
+    stride_eb: tl.int64,
+    stride_es: tl.int64,
     BLOCK_Q: tl.constexpr,
     SUB_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RANGE_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    WHOLE: tl.constexpr,
     TANH: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -70,9 +68,7 @@ def additive_fwd_kernel(
     i_b = tl.program_id(0) // parts // blocks
     start = i_part * span
     end = tl.minimum(start + span, S)
-    stop = end
-    if lengths is not None:
-        stop = tl.minimum(tl.load(lengths + i_b), end).to(tl.int32)
+    stop = until(lengths, i_b, end)
     first = i_block * BLOCK_Q
     last = tl.minimum(first + BLOCK_Q, Q)
 
@@ -91,7 +87,7 @@ def additive_fwd_kernel(
                 key = tl.load(
                     p_keys + offset(o_s, stride_ks)[:, None] + o_k[None, :], mask=inside, other=0.0
                 ).to(tl.float32)
-                if extra is not None:
+                if given(extra):
                     p_extra = extra + offset(i_b, stride_eb) + offset(o_s, stride_es)[:, None]
                     key += tl.load(p_extra + o_k[None, :], mask=inside, other=0.0).to(tl.float32)
                 one = tl.load(p_query + o_k[None, :], mask=rows & (o_k < K)[None, :], other=0.0).to(
@@ -129,7 +125,6 @@ def additive_fwd_kernel(
         BLOCK_Q,
         RANGE_S,
         BLOCK_C,
-        WHOLE,
         PRECISION,
         UPCAST,
     )

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._lang import attended, offset
-from .._launch import run_planned
+from .._lang import attended, offset, until
+from .._launch import Kernel, run_planned
 from .launch import densely, plan_forward
 from .softmax import attend, product
 
 __all__ = ["dot_fwd", "dot_fwd_kernel"]
 
 
-@triton.jit(do_not_specialize=["B", "Q", "S", "parts", "span", "stride_mb", "stride_mq"])
+@Kernel
 def dot_fwd_kernel(
     query,
     keys,
@@ -28,27 +27,26 @@ def dot_fwd_kernel(
     context,
     partial,
     peaks,
-    scale,
-    B,
-    Q,
-    S,
-    K,
-    C,
-    parts,
-    span,
-    stride_qb,
-    stride_qq,
-    stride_kb,
-    stride_ks,
-    stride_vb,
-    stride_vs,
-    stride_mb,
-    stride_mq,
+    scale: tl.float32,
+    B: tl.int32,
+    Q: tl.int32,
+    S: tl.int32,
+    K: tl.int32,
+    C: tl.int32,
+    parts: tl.int32,
+    span: tl.int32,
+    stride_qb: tl.int64,
+    stride_qq: tl.int64,
+    stride_kb: tl.int64,
+    stride_ks: tl.int64,
+    stride_vb: tl.int64,
+    stride_vs: tl.int64,
+    stride_mb: tl.int64,
+    stride_mq: tl.int64,
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -59,9 +57,7 @@ def dot_fwd_kernel(
     i_q = (tl.program_id(0) // parts) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     start = i_part * span
     end = tl.minimum(start + span, S)
-    stop = end
-    if lengths is not None:
-        stop = tl.minimum(tl.load(lengths + i_b), end).to(tl.int32)
+    stop = until(lengths, i_b, end)
     rows = (i_q < Q)[:, None]
     i_k = tl.arange(0, BLOCK_K)
     p_query = query + offset(i_b, stride_qb) + offset(i_q, stride_qq)[:, None]
@@ -113,7 +109,6 @@ def dot_fwd_kernel(
         BLOCK_Q,
         BLOCK_S,
         BLOCK_C,
-        WHOLE,
         PRECISION,
         UPCAST,
     )

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 
 import torch
-import triton
 from torch import Tensor
 
+from .. import _lang
 from .._lang import (
-    BACKEND,
     blocks,
     compiler_options,
-    power_of_two,
     precision,
     upcast,
     which_tanh,
@@ -23,7 +22,16 @@ from .._launch import Launch, addresses, run_planned
 from .softmax import merge_kernel, scores_bwd_kernel
 from .tuned import tiles
 
-__all__ = ["densely", "options", "plan_forward", "scores_gradient", "split", "values_gradient"]
+__all__ = [
+    "aligned",
+    "densely",
+    "options",
+    "plan_forward",
+    "products",
+    "scores_gradient",
+    "split",
+    "values_gradient",
+]
 
 # Programs that keep a multiprocessor busy, by warps of one.
 _WARPS_A_PROCESSOR = 16
@@ -46,27 +54,29 @@ def _index(device: torch.device) -> int:
     return device.index if device.type == "cuda" else -1
 
 
-@functools.cache
-def _config(stage: str, index: int, single: bool, exact: bool, extents: tuple) -> dict[str, int]:
-    config = tiles(stage, single, exact, _device(index)[0])
-    for block, extent in extents:
-        # No wider than what there is, and no narrower than a warp.
-        config[block] = power_of_two(extent, 32, config[block])
-    return compiler_options(config, BACKEND)
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether addresses, widths and strides are all multiples of 16: elements or bytes."""
+    numbers = [(t.data_ptr(), t.shape[-1], *t.stride()[:-1]) for t in tensors if t is not None]
+    return not any(n % 16 for n in itertools.chain.from_iterable(numbers))
 
 
-def options(stage: str, query: Tensor, *, K: int | None = None, C: int | None = None) -> dict:
-    """Tiles and warps of a stage, for a query [B, Q, K] and the widths K and C it has."""
-    extents = (("BLOCK_K", K), ("BLOCK_C", C))
-    return dict(
-        _config(
-            stage,
-            _index(query.device),
-            query.shape[1] == 1,
-            query.dtype == torch.float32 and precision() == "ieee",
-            tuple((block, extent) for block, extent in extents if extent is not None),
-        )
-    )
+def options(stage: str, query: Tensor, fits: bool) -> dict[str, int]:
+    """Tiles and warps of a stage, for a query [B, Q, ...] and inputs that ``fits`` says are
+    :func:`aligned`."""
+    exact = query.dtype == torch.float32 and precision() == "ieee"
+    name, _ = _device(_index(query.device))
+    circumstances = ([] if fits else ["unaligned"]) + [_lang.BACKEND]
+    return compiler_options(tiles(stage, query.shape[1] == 1, exact, name, circumstances))
+
+
+def products(query: Tensor) -> dict[str, object]:
+    """How tiles are multiplied. The switch is for float32; those of one query are not products of
+    matrices."""
+    switched = query.dtype == torch.float32 and query.shape[1] > 1
+    return {
+        "PRECISION": precision() if switched else "ieee",
+        "UPCAST": upcast(query.dtype),
+    }
 
 
 def split(
@@ -85,16 +95,17 @@ def split(
 def densely(plan: Callable[[tuple], Callable], whole: Sequence[int] = ()) -> Callable:
     """``plan`` for inputs whose last dimension, or all (those counted in ``whole``), is dense.
 
-    Others are copied first: the only stride that kernels take for granted is the last.
+    Others are copied first: the only stride that kernels take for granted is the last. So are
+    lengths, the last of the inputs, if they are not int64.
     """
 
     def dense(inputs: tuple) -> tuple:
-        return tuple(
-            [
-                t.contiguous() if t is not None and (i in whole or t.stride(-1) != 1) else t
-                for i, t in enumerate(inputs)
-            ]
-        )
+        *tensors, lengths = inputs
+        tensors = [
+            t.contiguous() if t is not None and (i in whole or t.stride(-1) != 1) else t
+            for i, t in enumerate(tensors)
+        ]
+        return (*tensors, None if lengths is None else lengths.long().contiguous())
 
     def planned(inputs: tuple) -> Callable:
         ready = dense(inputs)
@@ -123,29 +134,26 @@ def plan_forward(stage: str, kernel, inputs: tuple) -> Callable:
     B, Q, K = query.shape
     S, C = values.shape[1:]
     device = query.device
-    config = options(stage, query, K=K, C=C)
+    fits = aligned(query, keys, values, *more)
+    config = options(stage, query, fits) | products(query)
     if more:
         config["TANH"] = which_tanh()
     programs = B * blocks(Q, config["BLOCK_Q"])
     least = max(1, _LEAST_SPAN // config["BLOCK_Q"])
     parts, span = split(device, programs, S, config["BLOCK_S"], config["num_warps"], least)
     score = Launch(
-        kernel,
+        kernel[fits],
         device,
         programs * parts,
         (B, Q, S, K, C, parts, span),
         (query, keys, values, None if mask is None else mask.expand(B, Q, S), *more[1:]),
-        WHOLE=parts == 1,
-        PRECISION=precision(),
-        UPCAST=upcast(query.dtype),
         **config,
     )
     merge = None
     if parts > 1:
-        index, extents = _index(device), (("BLOCK_C", C),)
-        lanes = triton.next_power_of_2(parts)
-        config = _config("merge", index, False, True, extents)
-        merge = Launch(merge_kernel, device, B * Q, (B, Q, S, C, parts), LANES=lanes, **config)
+        fits = C % 16 == 0
+        config = options("merge", query, fits) | {"LANES": _MOST_PARTS}
+        merge = Launch(merge_kernel[fits], device, B * Q, (B, Q, S, C, parts), **config)
     exact = query.dtype == torch.float32
 
     def run(inputs: tuple, where: list, scale: float) -> tuple[Tensor, Tensor]:
@@ -182,18 +190,17 @@ def scores_gradient(
 
 
 def _plan_gradient(exact: bool, inputs: tuple) -> Callable:
-    _, _, values, weights, _ = inputs
+    d_context, _, values, weights, _ = inputs
     B, Q, S = weights.shape
     C = values.shape[2]
-    config = options("scores_bwd", weights, C=C)
+    fits = aligned(d_context, values)
+    config = options("scores_bwd", weights, fits) | products(weights)
     gradient = Launch(
-        scores_bwd_kernel,
+        scores_bwd_kernel[fits],
         weights.device,
         B * blocks(Q, config["BLOCK_Q"]),
         (B, Q, S, C),
         (values,),
-        PRECISION=precision(),
-        UPCAST=upcast(values.dtype),
         **config,
     )
 

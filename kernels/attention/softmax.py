@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._lang import offset
+from .._lang import given, offset, until
+from .._launch import Kernel
 
 __all__ = ["attend", "merge_kernel", "product", "scores_bwd_kernel"]
 
@@ -48,17 +49,17 @@ def attend(
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Softmax and context of the queries i_q of row i_b over the positions start..stop.
 
     scores: [B, Q, S] float32, -inf where not attended, written by this program; may be weights.
-    WHOLE: one program sees the whole source, and writes weights and context. Otherwise it leaves
-        its part for :func:`merge_kernel`: ``partial`` [P, B, Q, C], the context not yet divided by
-        the sum, and ``peaks`` [2, B, Q, P], the maximum and the sum.
+    parts: where it is 1, a program sees the whole source, and writes weights and context. Otherwise
+        it leaves its part for :func:`merge_kernel`: ``partial`` [P, B, Q, C], the context not yet
+        divided by the sum, and ``peaks`` [2, B, Q, P], the maximum and the sum.
     """
+    whole = parts == 1
     rows = (i_q < Q)[:, None]
     o_q = offset(offset(i_b, Q) + i_q, 1)
     p_scores = scores + (o_q * S)[:, None]
@@ -78,7 +79,7 @@ def attend(
     top = tl.where(top == float("-inf"), 0.0, top)
     # Not total > 0: a NaN has to stay one.
     inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
-    factor = inverse if WHOLE else tl.full([BLOCK_Q], 1.0, tl.float32)
+    factor = tl.where(whole, inverse, 1.0)
 
     p_values = values + offset(i_b, stride_vb)
     for c in range(0, C, BLOCK_C):
@@ -106,14 +107,14 @@ def attend(
         else:
             found = sums
         inside = rows & (o_c < C)[None, :]
-        if WHOLE:
+        if whole:
             o_out = (o_q * C)[:, None] + o_c[None, :]
             tl.store(context + o_out, found.to(context.dtype.element_ty), mask=inside)
         else:
             o_out = ((offset(i_part, B) * Q + o_q) * C)[:, None] + o_c[None, :]
             tl.store(partial + o_out, found, mask=inside)
 
-    if WHOLE:
+    if whole:
         # Weights may take the place of scores that another thread still reads above.
         tl.debug_barrier()
         for s in range(start, end, BLOCK_S):
@@ -128,7 +129,7 @@ def attend(
         tl.store(peaks + offset(B, Q) * parts + o_peak, total, mask=i_q < Q)
 
 
-@triton.jit(do_not_specialize=["B", "Q", "S", "parts"])
+@Kernel
 def merge_kernel(
     scores,
     lengths,
@@ -136,11 +137,11 @@ def merge_kernel(
     context,
     partial,
     peaks,
-    B,
-    Q,
-    S,
-    C,
-    parts,
+    B: tl.int32,
+    Q: tl.int32,
+    S: tl.int32,
+    C: tl.int32,
+    parts: tl.int32,
     LANES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -148,9 +149,7 @@ def merge_kernel(
     """One query: the exact softmax over all parts of the source. LANES: no fewer than parts."""
     row = tl.cast(tl.program_id(0), tl.int64)
     rows = tl.cast(B, tl.int64) * Q
-    length = S
-    if lengths is not None:
-        length = tl.minimum(tl.load(lengths + row // Q), S).to(tl.int32)
+    length = until(lengths, row // Q, S)
     lane = tl.arange(0, LANES)
     mine = lane < parts
     o_peak = row * parts + lane
@@ -179,7 +178,7 @@ def merge_kernel(
         tl.store(weights + row * S + o_s, p.to(weights.dtype.element_ty), mask=o_s < S)
 
 
-@triton.jit(do_not_specialize=["B", "Q", "S"])
+@Kernel
 def scores_bwd_kernel(
     d_context,
     d_weights,
@@ -188,13 +187,13 @@ def scores_bwd_kernel(
     lengths,
     d_p,
     d_scores,
-    scale,
-    B,
-    Q,
-    S,
-    C,
-    stride_vb,
-    stride_vs,
+    scale: tl.float32,
+    B: tl.int32,
+    Q: tl.int32,
+    S: tl.int32,
+    C: tl.int32,
+    stride_vb: tl.int64,
+    stride_vs: tl.int64,
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -204,58 +203,67 @@ def scores_bwd_kernel(
     """d_scores = scale p (d_p - sum p d_p), with d_p = d_context values^T + d_weights.
 
     d_p: [B, Q, S] float32, scratch; may be d_scores. Everything but values is
-    contiguous. Positions from a row's length on are set to zero.
+    contiguous. Positions from a row's length on are set to zero. The mean is taken off twice: the
+    result sums to zero over s, and what a first mean has lost is common to all positions.
     """
     blocks = tl.cdiv(Q, BLOCK_Q)
     i_b = tl.program_id(0) // blocks
     i_q = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    stop = S
-    if lengths is not None:
-        stop = tl.minimum(tl.load(lengths + i_b), S).to(tl.int32)
+    stop = until(lengths, i_b, S)
     rows = (i_q < Q)[:, None]
     o_q = offset(offset(i_b, Q) + i_q, 1)
     i_s = tl.arange(0, BLOCK_S)
     i_c = tl.arange(0, BLOCK_C)
     o_rows = (o_q * S)[:, None]
+    columns = tl.where(given(d_context), C, 0)
+    weights_stop = tl.where(given(d_weights), stop, 0)
     mean = tl.zeros([BLOCK_Q], tl.float32)
     for s in range(0, stop, BLOCK_S):
         o_s = s + i_s
         here = rows & (o_s < stop)[None, :]
         found = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
-        if d_context is not None:
+        if BLOCK_Q == 1:
+            sums = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+        for c in range(0, columns, BLOCK_C):
+            o_c = c + i_c
+            upstream = tl.load(
+                d_context + (o_q * C)[:, None] + o_c[None, :],
+                mask=rows & (o_c < C)[None, :],
+                other=0.0,
+            )
+            p_tile = values + offset(i_b, stride_vb) + offset(o_s, stride_vs)[:, None]
+            tile = tl.load(
+                p_tile + o_c[None, :],
+                mask=(o_s < stop)[:, None] & (o_c < C)[None, :],
+                other=0.0,
+            )
             if BLOCK_Q == 1:
-                sums = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-            for c in range(0, C, BLOCK_C):
-                o_c = c + i_c
-                upstream = tl.load(
-                    d_context + (o_q * C)[:, None] + o_c[None, :],
-                    mask=rows & (o_c < C)[None, :],
-                    other=0.0,
-                )
-                p_tile = values + offset(i_b, stride_vb) + offset(o_s, stride_vs)[:, None]
-                tile = tl.load(
-                    p_tile + o_c[None, :],
-                    mask=(o_s < stop)[:, None] & (o_c < C)[None, :],
-                    other=0.0,
-                )
-                if BLOCK_Q == 1:
-                    one = tl.sum(upstream.to(tl.float32), 0)
-                    sums += one[None, :] * tile.to(tl.float32)
-                else:
-                    found += product(upstream, tl.trans(tile), PRECISION, UPCAST)
-            if BLOCK_Q == 1:
-                found += tl.sum(sums, 1)[None, :]
-        if d_weights is not None:
-            found += tl.load(d_weights + o_rows + o_s[None, :], mask=here, other=0.0).to(tl.float32)
-        p = tl.load(weights + o_rows + o_s[None, :], mask=here, other=0.0).to(tl.float32)
+                one = tl.sum(upstream.to(tl.float32), 0)
+                sums += one[None, :] * tile.to(tl.float32)
+            else:
+                found += product(upstream, tl.trans(tile), PRECISION, UPCAST)
+        if BLOCK_Q == 1:
+            found += tl.sum(sums, 1)[None, :]
+        o_here = o_rows + o_s[None, :]
+        asked = rows & (o_s < weights_stop)[None, :]
+        found += tl.load(d_weights + o_here, mask=asked, other=0.0).to(tl.float32)
+        p = tl.load(weights + o_here, mask=here, other=0.0).to(tl.float32)
         mean += tl.sum(p * found, 1)
-        tl.store(d_p + o_rows + o_s[None, :], found, mask=here)
+        tl.store(d_p + o_here, found, mask=here)
+    tl.debug_barrier()
+    rest = tl.zeros([BLOCK_Q], tl.float32)
+    for s in range(0, stop, BLOCK_S):
+        o_s = s + i_s
+        here = rows & (o_s < stop)[None, :]
+        found = tl.load(d_p + o_rows + o_s[None, :], mask=here, other=0.0)
+        p = tl.load(weights + o_rows + o_s[None, :], mask=here, other=0.0).to(tl.float32)
+        rest += tl.sum(p * (found - mean[:, None]), 1)
     tl.debug_barrier()
     for s in range(0, S, BLOCK_S):
         o_s = s + i_s
         here = rows & (o_s < stop)[None, :]
         found = tl.load(d_p + o_rows + o_s[None, :], mask=here, other=0.0)
         p = tl.load(weights + o_rows + o_s[None, :], mask=here, other=0.0).to(tl.float32)
-        d_e = (found - mean[:, None]) * p * scale
+        d_e = (found - mean[:, None] - rest[:, None]) * p * scale
         p_out = d_scores + o_rows + o_s[None, :]
         tl.store(p_out, d_e.to(d_scores.dtype.element_ty), mask=rows & (o_s < S)[None, :])

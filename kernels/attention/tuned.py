@@ -7,7 +7,9 @@ the source's length, which change from call to call.
 
 from __future__ import annotations
 
-__all__ = ["DEFAULTS", "TUNED", "tiles"]
+from collections.abc import Sequence
+
+__all__ = ["DEFAULTS", "OTHERWISE", "TUNED", "tiles"]
 
 # (stage, one query a row[, exact products]) -> tiles, warps, registers of a thread at most.
 DEFAULTS: dict[tuple, dict[str, int]] = {
@@ -44,7 +46,24 @@ DEFAULTS: dict[tuple, dict[str, int]] = {
     ("scores_bwd", True): dict(BLOCK_Q=1, BLOCK_S=16, BLOCK_C=128, num_warps=4),
     ("additive_bwd", False): dict(BLOCK_S=8, BLOCK_K=128, num_warps=1, maxnreg=208),
     ("additive_bwd", True): dict(BLOCK_S=8, BLOCK_K=128, num_warps=1, maxnreg=208),
-    ("merge", False): dict(BLOCK_S=1024, BLOCK_C=128, num_warps=4),
+    ("merge", False): dict(BLOCK_S=1024, BLOCK_C=32, num_warps=4),
+    ("merge", True): dict(BLOCK_S=1024, BLOCK_C=32, num_warps=4),
+}
+
+# (stage, one query a row, circumstance[, exact products]) -> what is different there. Where a
+# width, a stride or an address is no multiple of 16, each element has an address and a condition of
+# its own, for which there have to be registers.
+OTHERWISE: dict[tuple, dict[str, int]] = {
+    ("additive_fwd", False, "unaligned"): dict(maxnreg=128),
+    ("additive_fwd", True, "unaligned"): dict(
+        BLOCK_S=8, RANGE_S=8, BLOCK_K=64, BLOCK_C=64, maxnreg=128
+    ),
+    ("additive_bwd", False, "unaligned"): dict(BLOCK_S=4),
+    ("additive_bwd", True, "unaligned"): dict(BLOCK_S=4),
+    ("dot_fwd", False, "unaligned"): dict(BLOCK_S=16),
+    ("dot_fwd", False, "unaligned", True): dict(),
+    # Three products of bfloat16 a product.
+    ("additive_fwd", False, "hip"): dict(RANGE_S=16),
 }
 
 # Device name as torch.cuda.get_device_name() has it -> (stage, one query a row, exact products)
@@ -52,8 +71,21 @@ DEFAULTS: dict[tuple, dict[str, int]] = {
 TUNED: dict[str, dict[tuple[str, bool, bool], dict[str, int]]] = {}
 
 
-def tiles(stage: str, single: bool, exact: bool, device: str = "") -> dict[str, int]:
-    """What to run a stage with: what won on ``device``, else the default."""
-    key = (stage, single, exact)
-    default = DEFAULTS.get(key) or DEFAULTS[stage, single]
-    return dict(TUNED.get(device, {}).get(key, default))
+def tiles(
+    stage: str, single: bool, exact: bool, device: str = "", circumstances: Sequence[str] = ()
+) -> dict[str, int]:
+    """What to run a stage with: what won on ``device``, else the default.
+
+    circumstances: of those in ``OTHERWISE``. What won, won on aligned tensors.
+    """
+    won = TUNED.get(device, {}).get((stage, single, exact))
+    if won is not None and "unaligned" not in circumstances:
+        return dict(won)
+
+    def known(table: dict[tuple, dict[str, int]], *key: object) -> dict[str, int]:
+        return table.get((*key, exact), table.get(key, {}))
+
+    chosen = dict(known(DEFAULTS, stage, single))
+    for circumstance in circumstances:
+        chosen |= known(OTHERWISE, stage, single, circumstance)
+    return chosen

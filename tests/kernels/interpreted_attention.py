@@ -6,6 +6,8 @@ bank conflict, and multiplies bfloat16 tiles in float32.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import triton
@@ -134,6 +136,15 @@ def test_nowhere_to_look(score):
             assert not tensor.any() and tensor.isfinite().all(), f"{case} {name}"
 
 
+@ONCE
+def test_a_part_that_sees_nothing_has_no_say():
+    """Its maximum is no maximum: here all scores are some -300, and exp of them is 0."""
+    case = attention_case("dot", 4, 2, 150, 8, lengths=True)
+    case.inputs["query"] = case.inputs["query"].abs() + 6.0
+    case.inputs["keys"] = -case.inputs["keys"].abs() - 6.0
+    check(case)
+
+
 @pytest.mark.parametrize("score", ["additive", "dot"])
 def test_one_cotangent_alone(score):
     case = attention_case(score, 3, 4, 40, 8, lengths=True)
@@ -148,9 +159,57 @@ def test_one_cotangent_alone(score):
         )
 
 
+class Softmax(torch.autograd.Function):
+    """Over the last dimension; its gradient by differences, p_i sum_j p_j (g_i - g_j), which loses
+    nothing where one weight is nearly 1. Neither float64 nor torch's float32 has the rest then."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        weights = torch.softmax(scores, -1)
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx, g):
+        (p,) = ctx.saved_tensors
+        return p * ((g.unsqueeze(-1) - g.unsqueeze(-2)) * p.unsqueeze(-2)).sum(-1)
+
+
+def resolved(call):
+    """``call`` of the reference, with that gradient."""
+
+    def differing(*tensors):
+        with mock.patch.object(scores.F, "softmax", lambda e, dim: Softmax.apply(e)):
+            return call(*tensors)
+
+    return differing
+
+
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_gradients_of_scores_sum_to_zero(score):
+    """Nearly one-hot weights: a mean taken off once leaves the largest weight's gradient at what
+    rounding made of it, where it should be minus the sum of the others'."""
+    case = attention_case(score, 4, 5, 70, 16, scale=12.0)
+    case.inputs["values"] += 30.0
+    wrt = ["query", "keys"]
+    found = run_with_grads(case.functional(functional), case.inputs, case.cotangents, wrt=wrt)
+    wide = case.to(torch.float64)
+    truth = run_with_grads(resolved(wide.functional(scores)), wide.inputs, wide.cotangents, wrt=wrt)
+    by_torch = run_with_grads(case.functional(scores), case.inputs, case.cotangents, wrt=wrt)
+    for name in ("grad query", "grad keys"):
+        ours, theirs = (
+            (got[name] - truth[name]).norm() / truth[name].norm() for got in (found, by_torch)
+        )
+        assert ours < 0.5 * theirs
+
+
 @pytest.mark.parametrize("score", ["additive", "dot"])
 def test_large_scores_and_nan(score):
-    check(attention_case(score, 3, 4, 40, 8, scale=200.0, lengths=True))
+    case = attention_case(score, 3, 4, 40, 8, scale=200.0, lengths=True)
+    oracle = case.functional(scores)
+    assert_matches(
+        case.functional(functional), resolved(oracle), oracle, case.inputs, case.cotangents
+    )
     case = attention_case(score, 3, 4, 40, 8)
     case.inputs["keys"][1, 33, 2] = float("nan")
     context, weights = case.functional(functional)(*case.inputs.values())

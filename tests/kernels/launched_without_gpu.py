@@ -11,12 +11,14 @@ import ctypes
 import functools
 import sys
 import time
+import types
 
 import pytest
 import torch
 import triton
 from fastseq.kernels import _launch, attention
 from fastseq.kernels.attention import launch
+from triton.backends.amd.driver import HIPLauncher
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.compiler.compiler import LazyDict
 
@@ -34,6 +36,7 @@ class StubDriver(CudaDriver):
 
 
 STREAM = 0
+OF_SCRATCH = ("size", "align")
 # What only Triton's own launch says.
 OF_HOOKS = (type(triton.knobs.runtime.launch_enter_hook), LazyDict)
 # What Triton's launcher in C is told, by itself or by us; None: nobody listens.
@@ -105,7 +108,8 @@ def recorded(call, monkeypatch):
 
     def plain(told):
         if isinstance(told, torch.Tensor):
-            return told.data_ptr()
+            # A tensor of nothing and None are the same to the launcher in C: a null pointer.
+            return told.data_ptr() or None
         if isinstance(told, (tuple, list)):
             return [plain(one) for one in told]
         return None if isinstance(told, OF_HOOKS) else told
@@ -137,6 +141,19 @@ def test_a_remembered_launch_is_triton_s_own(dtype, S, masked, monkeypatch):
         call = functools.partial(run, *arguments)
         first, second, third = (comparable(recorded(call, monkeypatch)) for _ in range(3))
         assert first == second == third and first
+
+
+def test_amd_s_launcher_is_told_what_it_tells_itself():
+    """Its function in C, by Triton's way and by ours."""
+    told, stream, arguments = [], object(), (1, 2.5, None)
+    run = object.__new__(HIPLauncher)
+    sizes = {f"{kind}_scratch_{what}": 0 for kind in ("global", "profile") for what in OF_SCRATCH}
+    run.__dict__.update(sizes, launch=lambda *one: told.append(one), launch_cooperative_grid=False)
+    run.__dict__.update(warp_size=64, arg_annotations="annotations", kernel_signature=b"signature")
+    compiled = types.SimpleNamespace(run=run, function=7, packed_metadata=(4, 1, 0))
+    run(5, 1, 1, stream, 7, (4, 1, 0), None, None, None, *arguments)
+    _launch._launcher(compiled, (5, 1, 1), arguments)(stream, arguments)
+    assert len(told) == 2 and told[0] == told[1] and stream in told[0]
 
 
 def test_only_triton_asks_whose_an_address_is():

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from fastseq.kernels import aot  # noqa: E402
-from fastseq.kernels.attention.tuned import tiles  # noqa: E402
+from fastseq.kernels.attention import kernel, launch  # noqa: E402
+from fastseq.kernels.attention.tuned import TUNED, tiles  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -34,55 +39,143 @@ def test_numbers_by_the_interpreter(parts):
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("variant", list(aot.variants(quick=True)), ids=str)
-def test_compiles_within_its_budget(variant, target):
-    found = aot.compile_variant(variant, target)
-    assert found.within(aot.BUDGETS[variant.stage]), found
+@pytest.fixture(autouse=True)
+def nothing_compiled_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
 
 
 # Atomics; on NVIDIA, loads by a cache that does not see what the program wrote.
-UNWANTED = {"sm_90": r"\b(atom|red)\.|\.nc\b", "gfx942": r"_atomic_"}
+UNWANTED = {"ptx": r"\b(atom|red)\.|\.nc\b", "amdgcn": r"_atomic_"}
 
 
-@pytest.mark.parametrize("target", UNWANTED)
-@pytest.mark.parametrize("variant", list(aot.variants(quick=True)), ids=str)
-def test_code_without_atomics_with_barriers_and_wide_offsets(variant, target):
-    compiled = aot.compiled(variant, target)
-    machine = compiled.asm["ptx" if target == "sm_90" else "amdgcn"]
-    assert not re.search(UNWANTED[target], machine)
-    if target == "sm_90" and variant.stage != "merge":
-        assert "bar.sync" in machine
+def faults(variant, code):
+    """What is wrong with the machine code of a variant, a line each."""
+    takes = aot.resources(code)
+    if not takes.within(aot.BUDGETS[variant.stage]):
+        yield f"{takes} is above the budget"
+    form = "amdgcn" if variant.target == "gfx942" else "ptx"
+    if re.search(UNWANTED[form], code.asm[form]):
+        yield "atomics, or loads past the coherent cache"
+    if form == "ptx" and variant.stage != "merge" and "bar.sync" not in code.asm[form]:
+        yield "no barrier"
     # In 32 bits only what counts blocks and parts of a source.
-    for line in compiled.asm["ttir"].splitlines():
-        if re.search(r"muli .*: (i32|tensor<[0-9x]+i32>)", line):
-            assert re.search(r"%span\b|%c\d+_i32\b", line), line
+    for line in code.asm["ttir"].splitlines():
+        narrow = re.search(r"muli .*: (i32|tensor<[0-9x]+i32>)", line)
+        if narrow and not re.search(r"%span\b|%c\d+_i32\b", line):
+            yield f"an offset of 32 bits: {line}"
 
 
-def test_the_quick_variants_meet_every_kernel_and_option():
-    quick, everything = (list(aot.variants(quick=q)) for q in (True, False))
-    assert {v.stage for v in quick} == {v.stage for v in everything} == set(aot.KERNELS)
-    assert len(set(everything)) == len(everything) > 100
-    named = {name for v in everything for name in v.absent}
-    assert {name for v in quick for name in v.absent} >= named - {"d_context"}
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("stage", aot.BUDGETS)
+def test_every_variant_compiles_within_its_budget(stage, target):
+    """And has neither atomics nor narrow offsets, but barriers."""
+    found = [variant for variant in aot.variants(target) if variant.stage == stage]
+    wrong = [f"{v}: {fault}" for v in found for fault in faults(v, v.compiled())]
+    assert found and not wrong, "\n".join(wrong)
 
 
 def test_a_budget_exceeded_is_seen():
-    assert not aot.Resources(0, 0, 4).within(aot.Resources(1, 1, 0))
+    for more in ((1, 0, 0), (0, 1, 0), (0, 0, 4)):
+        assert not aot.Resources(*more).within(aot.Resources(0, 0, 0))
     assert aot.Resources(1, 1, 0).within(aot.Resources(1, 1, 0))
+
+
+def additive_bwd(target):
+    """A variant of it."""
+    return next(v for v in aot.variants(target) if v.stage == "additive_bwd")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_a_planted_spill_is_above_the_budget(target, monkeypatch):
-    crowded = lambda *key: tiles(*key) | {"maxnreg": 32}  # noqa: E731
-    monkeypatch.setattr(aot, "tiles", crowded)
-    found = aot.compile_variant(aot.Variant("additive_bwd", "f32"), target)
+    monkeypatch.setattr(launch, "tiles", lambda *key: tiles(*key) | {"maxnreg": 32})
+    found = aot.resources(additive_bwd(target).compiled())
     assert found.spills > 0 and not found.within(aot.BUDGETS["additive_bwd"]), found
 
 
 def test_a_planted_spill_is_above_the_budget_on_amd(monkeypatch):
     """Tiles of more registers than there are."""
     wide = {"BLOCK_S": 16, "BLOCK_K": 256, "num_warps": 1}
-    monkeypatch.setattr(aot, "tiles", lambda *key: wide)
-    found = aot.compile_variant(aot.Variant("additive_bwd", "f32"), "gfx942")
+    chosen = lambda stage, *key: wide if stage == "additive_bwd" else tiles(stage, *key)  # noqa: E731
+    monkeypatch.setattr(launch, "tiles", chosen)
+    monkeypatch.setattr(aot, "WIDTHS", (256,))
+    found = aot.resources(additive_bwd("gfx942").compiled())
     assert found.spills > 0 and not found.within(aot.BUDGETS["additive_bwd"]), found
+
+
+WIDTHS = (1, 5, 16, 31, 32, 48, 64, 65, 128, 129, 160, 512)
+
+
+def random_call(draw):
+    """A call of a stage of attention, of any sizes, layouts, dtypes and options."""
+    one = draw.choice
+
+    def tensor(*shape, dtype):
+        """Dense, a part of something larger, or beginning at an odd place."""
+        wider = [n + draw.choice((0, 0, 0, 16, 3)) for n in shape]
+        begin = draw.choice((0, 0, 16, 1))
+        memory = torch.zeros(math.prod(wider) + begin, dtype=dtype)
+        whole = memory[begin:].view(wider)
+        part = whole[tuple(slice(n) for n in shape)]
+        swapped = len(shape) > 1 and draw.random() < 0.1
+        return part.mT.contiguous().mT if swapped else part
+
+    score, dtype = one(("additive", "dot")), one((torch.float32, torch.float16, torch.bfloat16))
+    B, Q, S = one((1, 1, 3)), one((1, 1, 2, 7, 40)), one((1, 2, 40, 300, 1000))
+    K, C = one(WIDTHS), one((None, *WIDTHS))
+    C = K if C is None else C
+    q, k, c = (tensor(B, *shape, dtype=dtype) for shape in ((Q, K), (S, K), (S, C)))
+    inputs = [q, k, c]
+    if score == "additive":
+        inputs += [tensor(K, dtype=dtype), one((None, tensor(B, S, K, dtype=dtype)))]
+    lengths = one((None, tensor(B, dtype=one((torch.int64, torch.int32, torch.int16)))))
+    mask = one((None, tensor(B, one((1, Q)), S, dtype=torch.bool)))
+    if draw.random() < 0.5:
+        return functools.partial(kernel(f"{score}_fwd"), *inputs, mask, lengths, 0.7)
+    given = one(((1, 1), (1, 0), (0, 1)))
+    upstream = [
+        tensor(B, Q, n, dtype=dtype) if there else None
+        for n, there in zip((C, S), given, strict=True)
+    ]
+    weights = tensor(B, Q, S, dtype=dtype)
+    rest = (lengths, weights, 0.7, one((True, True, False)), one((True, False)))
+    return functools.partial(kernel(f"{score}_bwd"), *upstream, *inputs, *rest)
+
+
+def asked_at_random(target, calls=600):
+    """What so many random calls would have Triton compile."""
+    draw, found = random.Random(0), set()
+    before = torch.get_float32_matmul_precision()
+    try:
+        for processors in (1, 16, 132, 304):
+            with aot.asked_for(target, processors=processors) as asked:
+                for _ in range(calls // 4):
+                    switch = draw.choice(("highest", "high", "medium"))
+                    torch.set_float32_matmul_precision(switch)
+                    random_call(draw)()
+            found |= asked
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return found
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_what_calls_can_ask_for_is_what_is_compiled(target):
+    known, asked = set(aot.variants(target)), asked_at_random(target)
+    assert not asked - known, sorted(map(str, asked - known))
+    assert len(asked) > 0.8 * len(known)
+
+
+def test_a_kind_of_call_left_out_is_seen(monkeypatch):
+    asked = asked_at_random("sm_90")
+    for name in ("DTYPES", "PRECISIONS", "WIDTHS", "QUERIES"):
+        everything = getattr(aot, name)
+        for left_out in everything:
+            with monkeypatch.context() as patch:
+                patch.setattr(aot, name, [one for one in everything if one != left_out])
+                assert asked - set(aot.variants("sm_90")), f"{name} without {left_out}"
+
+
+def test_tiles_that_won_on_a_device_are_compiled(monkeypatch):
+    won = tiles("dot_fwd", False, False) | {"BLOCK_Q": 64}
+    monkeypatch.setitem(TUNED, "a device", {("dot_fwd", False, False): won})
+    assert any(v.named.get("BLOCK_Q") == 64 for v in aot.variants("sm_90"))

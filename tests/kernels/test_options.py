@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -64,20 +65,27 @@ def test_the_user_s_switch_and_the_backend_choose(
     monkeypatch.setattr(lang, "BACKEND", backend)
     torch.set_float32_matmul_precision(switch)
     assert lang.precision() == precision and lang.which_tanh() == tanh
-    options = lang.compiler_options({"num_warps": 4, "maxnreg": 96}, backend)
+    options = lang.compiler_options({"num_warps": 4, "maxnreg": 96})
     assert ("maxnreg" in options) == (backend == "cuda")
     assert options.get("enable_fp_fusion", False) == bool(backend)
 
 
-@pytest.mark.parametrize("precision,tanh", [("highest", "rcp"), ("medium", "fast")])
-def test_less_exact_instructions_only_where_asked_for(lang, precision, tanh):
+@pytest.mark.parametrize(
+    "stage,option,exact,fast,instruction",
+    [
+        ("dot_fwd", "PRECISION", "ieee", "tf32", "tf32"),
+        ("additive_bwd", "TANH", "rcp", "fast", "tanh.approx"),
+    ],
+)
+def test_less_exact_instructions_only_where_asked_for(
+    lang, stage, option, exact, fast, instruction
+):
     from fastseq.kernels import aot
 
-    medium = precision == "medium"
-    dot = aot.Variant("dot_fwd", "f32", precision=precision, absent=("partial", "peaks"))
-    assert ("tf32" in aot.compiled(dot, "sm_90").asm["ptx"]) == medium
-    additive = aot.Variant("additive_bwd", "f32", tanh=tanh)
-    assert ("tanh.approx" in aot.compiled(additive, "sm_90").asm["ptx"]) == medium
+    found = [v for v in aot.variants("sm_90") if v.stage == stage and " fp32 " in str(v)]
+    for chosen in (exact, fast):
+        variant = next(v for v in found if v.named[option] == chosen)
+        assert (instruction in variant.compiled().asm["ptx"]) == (chosen == fast), variant
 
 
 @pytest.mark.parametrize("stage", ["additive_fwd", "additive_bwd", "dot_fwd", "scores_bwd"])
@@ -85,7 +93,6 @@ def test_less_exact_instructions_only_where_asked_for(lang, precision, tanh):
 def test_tiles_depend_on_neither_batch_nor_source(lang, stage, Q):
     from fastseq.kernels.attention.launch import options
 
-    width = {"C": 64} if stage == "scores_bwd" else {"K": 64}
-    found = [options(stage, torch.empty(B, Q, 64), **width) for B in (1, 7, 64)]
+    found = [options(stage, torch.empty(B, Q, 64), fits=True) for B in (1, 7, 64)]
     assert found[0] == found[1] == found[2]
-    assert set(options.__kwdefaults__) == {"K", "C"}
+    assert list(inspect.signature(options).parameters) == ["stage", "query", "fits"]
