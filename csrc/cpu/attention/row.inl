@@ -286,7 +286,7 @@ void score_gradients(const T* p, const T* d_context, const T* d_weights, const T
   softmax_gradient(p, d_weights, S, scale, d_e);
 }
 
-template <class T, bool Extra>
+template <class Terms, bool Extra, class T>
 FASTSEQ_INLINE void additive_query_lanes(const T* q, const T* keys, int64_t key_stride,
                                          const T* extra, int64_t extra_stride, int64_t S,
                                          const T* v, const T* d_e, int64_t k, int lanes, T* d_q) {
@@ -298,8 +298,7 @@ FASTSEQ_INLINE void additive_query_lanes(const T* q, const T* keys, int64_t key_
       if (d_e[s] == T(0)) continue;
       const T* more = Extra ? extra + s * extra_stride : extra;
       Vec<T> t, slope;
-      DirectTerms<T>::both(x, additive_key<T, Extra>(keys + s * key_stride, more, k, lanes), t,
-                           slope);
+      Terms::both(x, additive_key<T, Extra>(keys + s * key_stride, more, k, lanes), t, slope);
       sum = fma(broadcast(d_e[s]), slope, sum);
     }
     total += sum;
@@ -307,22 +306,31 @@ FASTSEQ_INLINE void additive_query_lanes(const T* q, const T* keys, int64_t key_
   store(d_q + k, load(v + k, lanes) * total, lanes);
 }
 
-// d_q[k] = v[k] * sum over s of d_e[s] (1 - tanh^2), the tanh made anew.
-template <class T>
-void additive_query_gradient(const T* q, const T* keys, int64_t key_stride, const T* extra,
-                             int64_t extra_stride, int64_t S, int64_t K, const T* v, const T* d_e,
-                             T* d_q) {
+// d_q[k] = v[k] * sum over s of d_e[s] (1 - tanh^2), the tanh made anew. As in additive_scores_by,
+// q and keys are in the form of the terms.
+template <class Terms, class T>
+void additive_query_gradient_by(const T* q, const T* keys, int64_t key_stride, const T* extra,
+                                int64_t extra_stride, int64_t S, int64_t K, const T* v,
+                                const T* d_e, T* d_q) {
   constexpr int N = kLanes<T>;
   for (int64_t k = 0; k < K; k += N) {
     const int lanes = int(min64(N, K - k));
     if (extra) {
-      additive_query_lanes<T, true>(q, keys, key_stride, extra, extra_stride, S, v, d_e, k, lanes,
-                                    d_q);
+      additive_query_lanes<Terms, true>(q, keys, key_stride, extra, extra_stride, S, v, d_e, k,
+                                        lanes, d_q);
     } else {
-      additive_query_lanes<T, false>(q, keys, key_stride, extra, extra_stride, S, v, d_e, k, lanes,
-                                     d_q);
+      additive_query_lanes<Terms, false>(q, keys, key_stride, extra, extra_stride, S, v, d_e, k,
+                                         lanes, d_q);
     }
   }
+}
+
+template <class T>
+void additive_query_gradient(const T* q, const T* keys, int64_t key_stride, const T* extra,
+                             int64_t extra_stride, int64_t S, int64_t K, const T* v, const T* d_e,
+                             T* d_q) {
+  additive_query_gradient_by<DirectTerms<T>>(q, keys, key_stride, extra, extra_stride, S, K, v, d_e,
+                                             d_q);
 }
 
 // Queries of one source and what is known of their scores.

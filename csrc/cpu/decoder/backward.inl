@@ -8,23 +8,30 @@ struct DecoderBackwardLoop {
 
   const DecoderBackward<T>& a;
   const DecoderShape& s;
-  Packed<T> by_x[kMostLayers];      // from gradients of the input sums to the layer's input
-  Packed<T> by_h[kMostLayers];      // from those of the recurrent sums (and of the query) to h
-  Packed<T> by_query, by_attended;  // W_q and W_c, where attention comes after the cell
-  StepRows<T> dsums[kMostLayers];   // [Row blocks][H], then of the top layer the query's gradient
-  StepRows<T> dquery;               // K wide
-  StepRows<T> dscores;              // S wide
-  StepRows<T> dcontext;             // C wide
-  StepRows<T> dattended;            // A wide: dL/d(W_c [context | out] + b_c)
+  bool by_forms;
+  // From gradients of the input sums to the layer's input, of the first layer to x.
+  Packed<T> by_x[kMostLayers] = {};
+  Packed<T> by_beside = {};          // to what stands beside x
+  Packed<T> by_h[kMostLayers] = {};  // from those of the recurrent sums (and of the query) to h
+  Packed<T> by_query = {}, by_attended = {};  // W_q and W_c, where attention comes after the cell
+  KeyForms<T> forms = {};
+  // [Row blocks][H], then of the top layer the query's gradient.
+  StepRows<T> dsums[kMostLayers] = {};
+  StepRows<T> dquery = {};     // K wide
+  StepRows<T> dscores = {};    // S wide
+  StepRows<T> dcontext = {};   // C wide
+  StepRows<T> dattended = {};  // A wide: dL/d(W_c [context | out] + b_c)
 
   struct Task {
     int64_t b0, b1;
+    int64_t together;  // steps whose gradients of x are made at once
     const T** from;
     CellBackwardRow<Cell, T>* cells;
     T* dh;       // [L, rows, H]: into step t, of every path
     T* dout;     // [rows, H]
     T* carried;  // [rows, H]
     T* dbeside;  // [rows, beside]: of what stood beside the input
+    T* form;     // [K]
   };
 
   bool after() const { return s.A > 0; }
@@ -41,10 +48,11 @@ struct DecoderBackwardLoop {
       return StepRows<T>{memory.template take<T>(size_t(s.T * s.B * width)), s.B * width, width};
     };
     for (int64_t l = 0; l < s.L; ++l) {
-      by_x[l].lay_out(memory, gates(), s.input(l), false);
+      by_x[l].lay_out(memory, gates(), l ? s.H : a.dx.base ? s.E : 0, false);
       by_h[l].lay_out(memory, gates() + (l == top() && query_beside() ? s.K : 0), s.H, false);
       dsums[l] = by_step(dsums_row(l));
     }
+    by_beside.lay_out(memory, gates(), s.beside(), false);
     by_query.lay_out(memory, after() && a.w_q ? s.K : 0, s.H, false);
     by_attended.lay_out(memory, s.A, s.A ? s.C + s.H : 0, false);
     if (query_beside()) {
@@ -56,28 +64,33 @@ struct DecoderBackwardLoop {
     dscores = by_step(s.S);
     dcontext = by_step(s.C);
     dattended = by_step(s.A);
+    forms.lay_out(memory, s, s.B, by_forms);
     for (int64_t i = 0; i < count; ++i) {
       Task task{};
       task.b0 = min64(i * rows, s.B);
       task.b1 = min64(task.b0 + rows, s.B);
-      task.from = memory.template take<const T*>(size_t(rows));
+      task.together = together(rows);
+      task.from = memory.template take<const T*>(size_t(task.together * rows));
       task.cells = memory.template take<CellBackwardRow<Cell, T>>(size_t(rows));
       task.dh = memory.template take<T>(size_t(s.L * rows * s.H));
       task.dout = memory.template take<T>(size_t(rows * s.H));
       task.carried = memory.template take<T>(size_t(rows * s.H));
       task.dbeside = memory.template take<T>(size_t(rows * s.beside()));
+      task.form = memory.template take<T>(size_t(by_forms ? s.K : 0));
       if (tasks) tasks[i] = task;
     }
   }
 
   void pack(const Threads& threads) {
-    Packed<T>* all[2 * kMostLayers + 2];
+    Packed<T>* all[2 * kMostLayers + 3];
     int count = 0;
+    all[count++] = &by_beside;
     for (int64_t l = 0; l < s.L; ++l) {
       const DecoderLayer<T>& layer = a.layers[l];
       for (int i = 0; i < kGates; ++i) {
         const T* block = layer.w_ih + Row::gate(i) * s.H * s.input(l);
         by_x[l].set_rows(i * s.H, block, s.H, s.input(l));
+        if (!l) by_beside.set_rows(i * s.H, block + s.E, s.H, s.input(l));
       }
       by_h[l].set_rows(0, layer.w_hh, gates(), s.H);
       all[count++] = &by_x[l];
@@ -112,6 +125,7 @@ struct DecoderBackwardLoop {
   void begin(Task& task) {
     const int64_t rows = task.b1 - task.b0;
     for (int64_t i = 0; i < rows; ++i) {
+      forms.prepare(a, task.b0 + i);
       for (int64_t l = 0; l < s.L; ++l) {
         const int64_t state = (l * s.B + task.b0 + i) * s.H;
         set_row(dh_of(task, l, i), a.dh_n ? a.dh_n + state : nullptr, s.H);
@@ -125,21 +139,20 @@ struct DecoderBackwardLoop {
     for (int64_t i = 0; i < n; ++i) out[i] = from ? from[i] : T(0);
   }
 
+  // Steps whose gradients of x are made at once, as for the inputs of the forward pass.
+  int64_t together(int64_t rows) const {
+    return max64(1, min64(s.T, DecoderForwardLoop<Cell, T>::kInputRows / max64(1, rows)));
+  }
+
   // From dL/dcontext to the scores and the query. Returns dL/dquery.
-  const T* attend(int64_t t, int64_t b) {
+  const T* attend(Task& task, int64_t t, int64_t b) {
     const int64_t end = a.ends[b];
-    const T* keys = a.keys + b * s.S * s.K;
     T *scores = dscores.at(t, b), *query = dquery.at(t, b);
     score_gradients<T>(a.weights.at(t, b), dcontext.at(t, b),
                        a.dweights.base ? a.dweights.at(t, b) : nullptr, a.values + b * s.S * s.C,
                        s.C, end, s.C, a.scale, scores);
     for (int64_t i = end; i < s.S; ++i) scores[i] = 0;
-    if (s.dot) {
-      weighted_sum<T>(scores, keys, s.K, end, s.K, query);
-    } else {
-      additive_query_gradient<T>(query_of(t, b), keys, s.K, nullptr, 0, end, s.K, a.v, scores,
-                                 query);
-    }
+    attend_backward<T>(a, forms, b, query_of(t, b), task.form, scores, query);
     return query;
   }
 
@@ -170,7 +183,7 @@ struct DecoderBackwardLoop {
         (u < s.C ? context[u] : task.dout[i * s.H + u - s.C]) = part[j];
       }
     });
-    for (int64_t i = 0; i < rows; ++i) task.from[i] = attend(t, task.b0 + i);
+    for (int64_t i = 0; i < rows; ++i) task.from[i] = attend(task, t, task.b0 + i);
     if (!a.w_q) {
       for (int64_t i = 0; i < rows; ++i) {
         add_rows<T>(task.dout + i * s.H, task.dout + i * s.H, task.from[i], s.H);
@@ -208,29 +221,28 @@ struct DecoderBackwardLoop {
       task.from[i] = dsums[l].at(t, b);
     }
     cell_rows<T>(task.cells, rows, s.H, nullptr);
-    const int64_t E = s.E;
-    by_x[l].multiply(rows, task.from, [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
-      if (l) {
+    if (l) {
+      by_x[l].multiply(rows, task.from, [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
         T* out = task.dout + i * s.H + column;
         store(out, s.residual ? sum + load(out, lanes) : sum, lanes);
-        return;
-      }
-      T* dx = a.dx.base ? a.dx.at(t, task.b0 + i) : nullptr;
-      if (column + lanes <= E) {
-        if (dx) store(dx + column, sum, lanes);
-        return;
-      }
-      T part[kLanes<T>];
-      store(part, sum);
-      for (int j = 0; j < lanes; ++j) {
-        const int64_t u = column + j;
-        if (u >= E) {
-          task.dbeside[i * s.beside() + u - E] = part[j];
-        } else if (dx) {
-          dx[u] = part[j];
-        }
-      }
-    });
+      });
+    } else if (s.beside()) {
+      by_beside.multiply(rows, task.from, [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
+        store(task.dbeside + i * s.beside() + column, sum, lanes);
+      });
+    }
+  }
+
+  // dL/dx of the steps [t, end).
+  void inputs(Task& task, int64_t t, int64_t end) {
+    const int64_t rows = task.b1 - task.b0;
+    for (int64_t i = 0; i < (end - t) * rows; ++i) {
+      task.from[i] = dsums[0].at(t + i / rows, task.b0 + i % rows);
+    }
+    by_x[0].multiply((end - t) * rows, task.from,
+                     [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
+                       store(a.dx.at(t + i / rows, task.b0 + i % rows) + column, sum, lanes);
+                     });
   }
 
   // dL/dh of the step before, by W_hh (and W_q).
@@ -264,7 +276,7 @@ struct DecoderBackwardLoop {
     for (int64_t i = 0; i < rows; ++i) {
       T* context = dcontext.at(t, task.b0 + i);
       add_rows<T>(context, context, task.dbeside + i * s.C, s.C);
-      attend(t, task.b0 + i);
+      attend(task, t, task.b0 + i);
     }
     states(task, top(), t, rows);
     for (int64_t i = 0; i < rows && !a.w_q; ++i) {
@@ -275,8 +287,13 @@ struct DecoderBackwardLoop {
 
   void run(Task& task) {
     begin(task);
-    for (int64_t t = s.T - 1; t >= 0; --t) step(task, t);
     const int64_t rows = task.b1 - task.b0;
+    for (int64_t t = s.T - 1, end = s.T; t >= 0; --t) {
+      step(task, t);
+      if (!a.dx.base || (t && end - t < task.together)) continue;
+      inputs(task, t, end);
+      end = t;
+    }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t b = task.b0 + i;
       for (int64_t l = 0; l < s.L; ++l) {

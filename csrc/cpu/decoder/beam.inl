@@ -132,6 +132,7 @@ struct DecoderBeamLoop {
   void begin(Task& task) {
     for (int64_t row = task.rows.b0; row < task.rows.b1; row += a.width) {
       const int64_t b = row / a.width;
+      loop.forms.prepare(loop.a, b);
       task.sources[(row - task.rows.b0) / a.width] = {1, 0, false};
       score_of(task, row) = 0;
       for (int64_t l = 0; l < s.L; ++l) {
@@ -266,24 +267,19 @@ struct DecoderBeamLoop {
     if (s.feeds) gather(loop.a.features.at(0, row), s.A);
   }
 
-  // Logits of the first `count` live rows. Columns are shared out where rows are not.
-  void multiply(Task& task, int64_t t, int64_t count, const Threads& threads) {
+  // Logits of the first `count` live rows.
+  void multiply(Task& task, int64_t t, int64_t count) {
     for (int64_t i = 0; i < count; ++i) task.rows.from[i] = loop.read(task.rows, t, i);
-    const int64_t panels = by_vocabulary.panels();
-    constexpr int64_t kWorthSharing = int64_t(1) << 17;
-    const bool worth = count * s.V * loop.a.read() >= kWorthSharing;
-    const int64_t parts = worth ? min64(threads.count, panels) : 1;
-    run_tasks(threads, parts, [&](int64_t part) {
-      const int64_t each = ceil_div(panels, parts), p0 = min64(part * each, panels);
-      by_vocabulary.product.each(p0, min64(p0 + each, panels), count, task.rows.from,
-                                 [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
-                                   if (loop.a.b_out) sum += load(loop.a.b_out + column, lanes);
-                                   store(task.logits + i * s.V + column, sum, lanes);
-                                 });
-    });
+    by_vocabulary.multiply(
+        count, task.rows.from,
+        [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
+          if (loop.a.b_out) sum += load(loop.a.b_out + column, lanes);
+          store(task.logits + i * s.V + column, sum, lanes);
+        },
+        loop.inner);
   }
 
-  void run(Task& task, const Threads& threads) {
+  void run(Task& task) {
     begin(task);
     for (int64_t t = 0; t < a.most; ++t) {
       int64_t count = 0;
@@ -295,7 +291,7 @@ struct DecoderBeamLoop {
       }
       if (!count) return;
       loop.step(task.rows, t, count);
-      multiply(task, t, count, threads);
+      multiply(task, t, count);
       T* logits = task.logits;
       for (int64_t row = task.rows.b0; row < task.rows.b1; row += a.width) {
         Source& source = task.sources[(row - task.rows.b0) / a.width];
@@ -312,7 +308,6 @@ template <class Cell, class T>
 void decoder_beams(const DecoderBeams<T>& a, const Threads& threads) {
   using Beams = DecoderBeamLoop<Cell, T>;
   DecoderForward<T> rows = a.rows;
-  Beams beams{a, rows.shape, {rows, rows.shape, {}, {}, {}, {}, {}}, {}};
   const DecoderShape& s = rows.shape;
   const int64_t work = decoder_work(s, Cell::kGates) + s.V * rows.read();
   // As rows_a_task has it, of sources.
@@ -320,6 +315,8 @@ void decoder_beams(const DecoderBeams<T>& a, const Threads& threads) {
   const bool worth = work * a.most * s.B >= kWorthSharing;
   const int64_t each = max64(1, ceil_div(a.sources, worth ? threads.count : 1)) * a.width;
   const int64_t count = ceil_div(s.B, each);
+  const Threads inner = count == 1 ? threads : Threads{1, nullptr};
+  Beams beams{a, rows.shape, {rows, rows.shape, inner, KeyForms<T>::wanted(rows)}, {}};
   typename Beams::Task* tasks = nullptr;
   typename Beams::Loop::Task* loops = nullptr;
   auto lay_out = [&](auto& memory) {
@@ -335,6 +332,5 @@ void decoder_beams(const DecoderBeams<T>& a, const Threads& threads) {
   beams.by_vocabulary.set_rows(0, rows.w_out, s.V, rows.read());
   Packed<T>* vocabulary = &beams.by_vocabulary;
   pack_all(&vocabulary, 1, threads);
-  run_tasks(threads, count,
-            [&](int64_t i) { beams.run(tasks[i], count == 1 ? threads : Threads{1, nullptr}); });
+  run_tasks(threads, count, [&](int64_t i) { beams.run(tasks[i]); });
 }

@@ -17,6 +17,8 @@ namespace {
 
 #include "../attention/row.inl"
 
+#include "scores.inl"
+
 #include "products.inl"
 
 #include "cells.inl"

@@ -73,8 +73,8 @@ struct DecoderDeferred {
     if (a.db_c) sums(loop.dattended.base, s.A, s.A, a.db_c);
   }
 
-  // What source b and its keys get of all steps. `dv`: of this source, [K].
-  void source(int64_t b, const GemmBlocks<T>& blocks, T* dv) const {
+  // What source b and its keys get of all steps. `dv`: of this source, [K]; `forms`: [T, K].
+  void source(int64_t b, const GemmBlocks<T>& blocks, T* dv, T* forms) const {
     const int64_t end = a.ends[b];
     if (a.dvalues) {
       T* out = a.dvalues + b * s.S * s.C;
@@ -97,8 +97,7 @@ struct DecoderDeferred {
     for (int64_t k = 0; k < s.K; ++k) dv[k] = 0;
     const ScoredQueries<T> queries{
         s.T, query, query_step, loop.dscores.at(0, b), loop.dscores.step, nullptr, 0};
-    additive_source_gradients<T>(queries, a.keys + b * s.S * s.K, s.K, nullptr, 0, end, s.K, a.v,
-                                 out, s.K, dv);
+    attend_backward_source<T>(a, loop.forms, b, queries, forms, out, dv);
   }
   Gemm<T> of_source(int64_t b, const T* from, int64_t from_step, const T* by, int64_t by_step,
                     int64_t width, T* out) const {
@@ -136,11 +135,12 @@ struct DecoderDeferred {
     measure(of_values);
     const int64_t parts = max64(1, min64(min64(threads.count, kMostParts), work / kWorthATask));
     GemmBlocks<T> blocks[kMostParts];
-    T* dv = nullptr;
+    T *dv = nullptr, *forms[kMostParts];
     auto lay_out = [&](auto& memory) {
       for (int64_t part = 0; part < parts; ++part) {
         blocks[part].a = memory.template take<T>(size_t(a_size));
         blocks[part].b = memory.template take<T>(size_t(b_size));
+        forms[part] = memory.template take<T>(size_t(loop.by_forms ? s.T * s.K : 0));
       }
       dv = memory.template take<T>(size_t(s.dot ? 0 : s.B * s.K));
     };
@@ -150,7 +150,9 @@ struct DecoderDeferred {
     lay_out(scratch);
     run_tasks(threads, parts, [&](int64_t part) {
       const int64_t each = ceil_div(s.B, parts), end = min64((part + 1) * each, s.B);
-      for (int64_t b = part * each; b < end; ++b) source(b, blocks[part], dv + b * s.K);
+      for (int64_t b = part * each; b < end; ++b) {
+        source(b, blocks[part], dv + b * s.K, forms[part]);
+      }
       for (int i = 0; i < count; ++i) gemm_part(products[i], part, parts, blocks[part]);
       if (a.need_weights) biases(part, parts);
     });
@@ -161,7 +163,7 @@ struct DecoderDeferred {
 template <class Cell, class T>
 void decoder_backward(const DecoderBackward<T>& a, const Threads& threads) {
   using Loop = DecoderBackwardLoop<Cell, T>;
-  Loop loop{a, a.shape, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  Loop loop{a, a.shape, KeyForms<T>::wanted(a)};
   const int64_t rows = rows_a_task(a.shape, decoder_work(a.shape, Cell::kGates), threads);
   const int64_t count = ceil_div(a.shape.B, rows);
   typename Loop::Task* tasks = nullptr;

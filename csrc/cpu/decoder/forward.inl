@@ -13,47 +13,42 @@ void sum_biases(const DecoderLayer<T>& layer, int64_t H, T* out) {
   }
 }
 
-// What attends to a source: one query against its keys.
-template <class T>
-FASTSEQ_INLINE void attend(const DecoderInputs<T>& a, int64_t b, const T* query, T* weights,
-                           T* context) {
-  const DecoderShape& s = a.shape;
-  const int64_t source = b / s.width, end = a.ends[source];
-  const T* keys = a.keys + source * s.S * s.K;
-  if (s.dot) {
-    dot_scores(query, keys, s.K, end, s.K, a.scale, weights);
-  } else {
-    additive_scores<T>(query, keys, s.K, nullptr, 0, end, s.K, a.v, a.scale, weights);
-  }
-  masked_softmax(weights, a.mask ? a.mask + source * s.S : nullptr, end);
-  for (int64_t i = end; i < s.S; ++i) weights[i] = 0;
-  weighted_sum(weights, a.values + source * s.S * s.C, s.C, end, s.C, context);
-}
-
 template <class Cell, class T>
 struct DecoderForwardLoop {
   static constexpr int64_t kGates = Cell::kGates;
+  // Rows of inputs that are multiplied at once, of several steps: for fewer, weights that no near
+  // cache holds are read more often than they need be.
+  static constexpr int64_t kInputRows = 96;
 
   const DecoderForward<T>& a;
   const DecoderShape& s;
-  Packed<T> by_x[kMostLayers];  // W_ih
-  Packed<T>
-      by_h[kMostLayers];  // W_hh, and W_q below that of the top layer where it reads the same h
-  Packed<T> by_out, by_attended;  // W_q, W_c, where attention comes after the cell
-  T* bias[kMostLayers];
+  // Those that share the products of a step, where all sequences are one task's.
+  Threads inner;
+  bool by_forms;                     // whether scores are made of exponentials
+  Packed<T> by_x[kMostLayers] = {};  // W_ih, of the first layer the columns of x
+  Packed<T> by_beside = {};          // the others of the first layer
+  // W_hh, and W_q below that of the top layer where it reads the same h.
+  Packed<T> by_h[kMostLayers] = {};
+  Packed<T> by_out = {}, by_attended = {};  // W_q, W_c, where attention comes after the cell
+  KeyForms<T> forms = {};
+  T* bias[kMostLayers] = {};
 
   struct Task {
     int64_t b0, b1;
     int64_t* live;  // the sequences that go on
     const T** from;
-    T* from_x;    // [rows, G*H]
+    int64_t together;  // steps whose inputs there is room for
+    T* inputs;         // [together, rows, G*H]: sums of the inputs of the steps [first, known)
+    int64_t first, known;
+    T* from_x;    // [rows, G*H], of a layer above the first
     T* from_h;    // [rows, G*H], of a layer below the top
     T* from_top;  // [rows, G*H + K], of the top layer's h: its sums, and the query beside them
     CellForwardRow<Cell, T>* cells;
     T* c;      // [L, rows, H]
     T* query;  // [rows, K], where it is not saved
-    T* read;   // [rows, a.read()], where w_out reads something else than the features
-    T* best;
+    T* form;   // [K]
+    T* read;   // [rows, a.read()]: what w_out reads
+    T* sums;   // of Likeliest
     int64_t* likeliest;
   };
 
@@ -61,39 +56,54 @@ struct DecoderForwardLoop {
   int64_t top() const { return s.L - 1; }
   int64_t gates() const { return kGates * s.H; }
   bool reads_apart() const { return a.w_out && (a.reads_x || a.read_factor.base); }
+  bool chooses() const { return a.w_out && a.forced; }
+  // Steps whose inputs may be multiplied at once. With a factor they are no rows of a table, and
+  // sequences that end leave gaps.
+  int64_t together(int64_t rows) const {
+    if (a.x_factor.base || a.end_token >= 0) return 1;
+    return max64(1, min64(s.T, kInputRows / max64(1, rows)));
+  }
   int64_t by_h_width() const { return gates() + (!after() && a.w_q ? s.K : 0); }
 
   template <class Memory>
   void lay_out(Memory& memory, Task* tasks, int64_t count, int64_t rows) {
     for (int64_t l = 0; l < s.L; ++l) {
-      by_x[l].lay_out(memory, gates(), s.input(l), true);
+      by_x[l].lay_out(memory, gates(), l ? s.H : s.E, true);
       by_h[l].lay_out(memory, l == top() ? by_h_width() : gates(), s.H, true);
       bias[l] = memory.template take<T>(size_t(cell::kSums<Cell> * s.H));
     }
+    by_beside.lay_out(memory, gates(), s.beside(), true);
     by_out.lay_out(memory, after() && a.w_q ? s.K : 0, s.H, true);
     by_attended.lay_out(memory, s.A, s.A ? s.C + s.H : 0, true);
+    forms.lay_out(memory, s, s.B / s.width, by_forms);
     for (int64_t i = 0; i < count; ++i) {
       Task task{};
       task.b0 = min64(i * rows, s.B);
       task.b1 = min64(task.b0 + rows, s.B);
       task.live = memory.template take<int64_t>(size_t(rows));
-      task.from = memory.template take<const T*>(size_t(rows));
-      task.from_x = memory.template take<T>(size_t(rows * gates()));
+      task.together = together(rows);
+      task.from = memory.template take<const T*>(size_t(task.together * rows));
+      task.inputs = memory.template take<T>(size_t(task.together * rows * gates()));
+      task.from_x = memory.template take<T>(size_t(s.L > 1 ? rows * gates() : 0));
       task.from_h = memory.template take<T>(size_t(s.L > 1 ? rows * gates() : 0));
       task.from_top = memory.template take<T>(size_t(rows * by_h_width()));
       task.cells = memory.template take<CellForwardRow<Cell, T>>(size_t(rows));
       task.c = memory.template take<T>(size_t(s.L * rows * s.H));
       task.query = memory.template take<T>(size_t(a.saved.query.base ? 0 : rows * s.K));
-      task.read = memory.template take<T>(size_t(reads_apart() ? rows * a.read() : 0));
-      task.best = memory.template take<T>(size_t(rows));
-      task.likeliest = memory.template take<int64_t>(size_t(rows));
+      task.form = memory.template take<T>(size_t(by_forms ? s.K : 0));
+      task.read = memory.template take<T>(size_t(reads_apart() || chooses() ? rows * a.read() : 0));
+      const int64_t parts = chooses() ? min64(inner.count, kMostParts) : 0;
+      task.sums = memory.template take<T>(size_t(parts * Likeliest<T>::room(rows)));
+      task.likeliest = memory.template take<int64_t>(size_t(parts * rows));
       if (tasks) tasks[i] = task;
     }
   }
 
   void pack(const Threads& threads) {
-    Packed<T>* all[2 * kMostLayers + 2];
+    Packed<T>* all[2 * kMostLayers + 3];
     int count = 0;
+    by_beside.set_rows(0, a.layers[0].w_ih + s.E, gates(), s.input(0));
+    all[count++] = &by_beside;
     for (int64_t l = 0; l < s.L; ++l) {
       const DecoderLayer<T>& layer = a.layers[l];
       by_x[l].set_rows(0, layer.w_ih, gates(), s.input(l));
@@ -118,6 +128,7 @@ struct DecoderForwardLoop {
   void begin(Task& task) {
     for (int64_t b = task.b0; b < task.b1; ++b) {
       task.live[b - task.b0] = b;
+      forms.prepare(a, b);
       for (int64_t l = 0; l < s.L; ++l) {
         copy_row(a.saved.h[l].at(0, b), a.h0 + (l * s.B + b) * s.H, s.H);
         if (Cell::kStates == 2) copy_row(c_of(task, l, b), a.c0 + (l * s.B + b) * s.H, s.H);
@@ -136,9 +147,12 @@ struct DecoderForwardLoop {
   int64_t choose(Task& task, int64_t t, int64_t count) {
     const bool given = t < s.T && (!a.forced || a.forced[t]);
     if (!given) {
-      for (int64_t i = 0; i < count; ++i) task.from[i] = read(task, t - 1, i);
+      for (int64_t i = 0; i < count; ++i) {
+        const T* row = read(task, t - 1, i);
+        if (!reads_apart()) copy_row(task.read + i * a.read(), row, a.read());
+      }
       const Likeliest<T> likeliest{a.read(), s.V, a.w_out, a.b_out};
-      likeliest.find(count, task.from, task.best, task.likeliest);
+      likeliest.find(count, task.read, task.sums, task.likeliest, inner);
     }
     int64_t left = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -181,7 +195,7 @@ struct DecoderForwardLoop {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = task.live[i];
       T* c = Cell::kStates == 2 ? c_of(task, l, b) : nullptr;
-      task.cells[i] = {task.from_x + i * gates(),
+      task.cells[i] = {l ? task.from_x + i * gates() : inputs_of(task, t, b),
                        from_h + i * width,
                        a.saved.h[l].at(t, b),
                        c,
@@ -194,20 +208,26 @@ struct DecoderForwardLoop {
 
   void multiply(const Packed<T>& packed, int64_t count, const T* const* from, T* out,
                 int64_t width) {
-    packed.multiply(count, from, [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
-      store(out + i * width + column, sum, lanes);
-    });
+    packed.multiply(
+        count, from,
+        [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
+          store(out + i * width + column, sum, lanes);
+        },
+        inner);
   }
 
   void layers(Task& task, int64_t t, int64_t count) {
     for (int64_t l = 0; l < s.L; ++l) {
       // Attention before the cell has made the top layer's with the query.
       if (l != top() || after()) multiply_h(task, l, t, count);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t b = task.live[i];
-        task.from[i] = l ? a.saved.out[l - 1].at(t + 1, b) : a.saved.input.at(t, b);
+      if (l) {
+        for (int64_t i = 0; i < count; ++i) {
+          task.from[i] = a.saved.out[l - 1].at(t + 1, task.live[i]);
+        }
+        multiply(by_x[l], count, task.from, task.from_x, gates());
+      } else {
+        multiply_input(task, t, count);
       }
-      multiply(by_x[l], count, task.from, task.from_x, gates());
       cells(task, l, t, count);
       for (int64_t i = 0; i < count && s.residual && l; ++i) {
         const int64_t b = task.live[i];
@@ -215,6 +235,45 @@ struct DecoderForwardLoop {
                     a.saved.out[l - 1].at(t + 1, b), s.H);
       }
     }
+  }
+
+  T* inputs_of(Task& task, int64_t t, int64_t b) const {
+    return task.inputs + ((t - task.first) * (task.b1 - task.b0) + b - task.b0) * gates();
+  }
+
+  // The first layer's sums of x, of all steps from t on whose inputs are known, as far as there is
+  // room; then those of what stands beside x.
+  void multiply_input(Task& task, int64_t t, int64_t count) {
+    const int64_t rows = task.b1 - task.b0;
+    if (t >= task.known) {
+      const int64_t most = min64(s.T, t + task.together);
+      task.first = t;
+      task.known = t + 1;
+      while (task.known < most && (!a.forced || a.forced[task.known])) ++task.known;
+      for (int64_t i = 0; i < count; ++i) task.from[i] = a.saved.input.at(t, task.live[i]);
+      for (int64_t later = t + 1; later < task.known; ++later) {
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t b = task.live[i];
+          task.from[(later - t) * rows + i] =
+              a.tokens ? a.table + a.tokens[b * s.T + later] * s.E : a.x.at(later, b);
+        }
+      }
+      by_x[0].multiply((task.known - t - 1) * rows + count, task.from,
+                       [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
+                         const int64_t row = i < count ? task.live[i] - task.b0 : i;
+                         store(task.inputs + row * gates() + column, sum, lanes);
+                       },
+                       inner);
+    }
+    if (s.beside() == 0) return;
+    for (int64_t i = 0; i < count; ++i) task.from[i] = a.saved.input.at(t, task.live[i]) + s.E;
+    by_beside.multiply(
+        count, task.from,
+        [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
+          T* out = inputs_of(task, t, task.live[i]) + column;
+          store(out, load(out, lanes) + sum, lanes);
+        },
+        inner);
   }
 
   // The recurrent sums of a layer; where by_h has W_q too, the query beside them.
@@ -237,29 +296,36 @@ struct DecoderForwardLoop {
         copy_row<T>(kept, task.from_top + i * by_h_width() + gates(), s.K);
         query = kept;
       }
-      attend<T>(a, b, query, a.weights.at(t, b), a.saved.input.at(t, b) + s.E);
+      attend<T>(a, forms, b, query, task.form, a.weights.at(t, b), a.saved.input.at(t, b) + s.E);
     }
   }
 
   void attend_after(Task& task, int64_t t, int64_t count) {
     if (a.w_q) {
       for (int64_t i = 0; i < count; ++i) task.from[i] = a.saved.out[top()].at(t + 1, task.live[i]);
-      by_out.multiply(count, task.from, [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
-        store(query_of(task, t, task.live[i]) + column, sum, lanes);
-      });
+      by_out.multiply(
+          count, task.from,
+          [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
+            store(query_of(task, t, task.live[i]) + column, sum, lanes);
+          },
+          inner);
     }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = task.live[i];
       const T* out = a.saved.out[top()].at(t + 1, b);
       T* attended = a.saved.attended.at(t, b);
-      attend<T>(a, b, a.w_q ? query_of(task, t, b) : out, a.weights.at(t, b), attended);
+      attend<T>(a, forms, b, a.w_q ? query_of(task, t, b) : out, task.form, a.weights.at(t, b),
+                attended);
       copy_row(attended + s.C, out, s.H);
       task.from[i] = attended;
     }
-    by_attended.multiply(count, task.from, [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
-      if (a.b_c) sum += load(a.b_c + column, lanes);
-      store(a.features.at(t, task.live[i]) + column, tanh(sum), lanes);
-    });
+    by_attended.multiply(
+        count, task.from,
+        [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
+          if (a.b_c) sum += load(a.b_c + column, lanes);
+          store(a.features.at(t, task.live[i]) + column, tanh(sum), lanes);
+        },
+        inner);
   }
 
   void step(Task& task, int64_t t, int64_t count) {
@@ -338,9 +404,9 @@ inline int64_t decoder_work(const DecoderShape& s, int64_t gates) {
 template <class Cell, class T>
 void decoder_forward(const DecoderForward<T>& a, const Threads& threads) {
   using Loop = DecoderForwardLoop<Cell, T>;
-  Loop loop{a, a.shape, {}, {}, {}, {}, {}};
   const int64_t rows = rows_a_task(a.shape, decoder_work(a.shape, Cell::kGates), threads);
   const int64_t count = ceil_div(a.shape.B, rows);
+  Loop loop{a, a.shape, count == 1 ? threads : Threads{1, nullptr}, KeyForms<T>::wanted(a)};
   typename Loop::Task* tasks = nullptr;
   auto lay_out = [&](auto& memory) {
     tasks = memory.template take<typename Loop::Task>(size_t(count));

@@ -37,6 +37,9 @@ void pack_panel_transposed(const T* const* rows, int64_t K, int64_t N, int64_t p
   }
 }
 
+// Multiply-adds from which a product of a step is shared out, where sequences are too few to be.
+constexpr int64_t kWorthSharing = int64_t(1) << 17;
+
 // A matrix to multiply rows by, of up to two parts stacked on one another.
 template <class T>
 struct Packed {
@@ -54,8 +57,8 @@ struct Packed {
     product.packed = memory =
         from.template take<T>(size_t(ceil_div(product.N, kLanes<T>) * kLanes<T> * product.K));
   }
-  void set_rows(int64_t first, const T* weights, int64_t M, int64_t K) {
-    for (int64_t i = 0; i < M; ++i) rows[first + i] = weights + i * K;
+  void set_rows(int64_t first, const T* weights, int64_t M, int64_t stride) {
+    for (int64_t i = 0; i < M; ++i) rows[first + i] = weights + i * stride;
   }
   int64_t panels() const { return memory ? product.panels() : 0; }
   void pack(int64_t panel) const {
@@ -66,10 +69,15 @@ struct Packed {
       pack_panel(rows, product.K, product.N, panel, out);
     }
   }
-  // f(row, column, vector, lanes) for all products of the rows `from`.
+  // f(row, column, vector, lanes) for all products of the rows `from`. Columns are shared out.
   template <class F>
-  FASTSEQ_INLINE void multiply(int64_t count, const T* const* from, const F& f) const {
-    product.each(0, product.panels(), count, from, f);
+  FASTSEQ_INLINE void multiply(int64_t count, const T* const* from, const F& f,
+                               const Threads& threads = {1, nullptr}) const {
+    const int64_t all = product.panels(), work = count * product.K * product.N;
+    const int64_t parts = work < kWorthSharing ? 1 : min64(threads.count, all);
+    run_tasks(threads, parts, [&](int64_t part) {
+      product.each(part * all / parts, (part + 1) * all / parts, count, from, f);
+    });
   }
 };
 
@@ -81,8 +89,7 @@ void pack_all(Packed<T>* const* packed, int count, const Threads& threads) {
     panels += packed[i]->panels();
     elements += packed[i]->product.K * packed[i]->product.N;
   }
-  constexpr int64_t kWorthSharing = int64_t(1) << 15;
-  const bool worth = elements > kWorthSharing;
+  const bool worth = elements > int64_t(1) << 15;
   run_tasks(worth ? threads : Threads{1, nullptr}, panels, [&](int64_t panel) {
     int i = 0;
     while (panel >= packed[i]->panels()) panel -= packed[i++]->panels();
@@ -94,56 +101,66 @@ void pack_all(Packed<T>* const* packed, int count, const Threads& threads) {
 // a NaN counts as the largest. Straight from [N, K] weights, which are read once.
 template <class T>
 struct Likeliest {
-  static constexpr int kMostRows = 4, kMostOutcomes = FASTSEQ_VECTOR_BYTES == 64 ? 6 : 3;
+  // Outcomes looked at together: their weights stay in the second-level cache while the rows pass.
+  static constexpr int64_t kTogether = 128;
 
   int64_t K, N;
   const T* w;
   const T* b;
 
-  template <int Rows, int Outcomes>
-  FASTSEQ_INLINE void tile(const T* const* a, int64_t n, T* best, int64_t* index) const {
-    Vec<T> sums[Rows][Outcomes] = {};
-    for (int64_t k = 0; k < K; k += kLanes<T>) {
-      const int wide = int(min64(kLanes<T>, K - k));
-      Vec<T> row[Rows];
-#pragma GCC unroll 4
-      for (int m = 0; m < Rows; ++m) row[m] = load(a[m] + k, wide);
-#pragma GCC unroll 6
-      for (int j = 0; j < Outcomes; ++j) {
-        const Vec<T> weight = load(w + (n + j) * K + k, wide);
-#pragma GCC unroll 4
-        for (int m = 0; m < Rows; ++m) sums[m][j] = fma(row[m], weight, sums[m][j]);
-      }
-    }
-    for (int j = 0; j < Outcomes; ++j) {
-      for (int m = 0; m < Rows; ++m) {
-        T sum = 0;
-        for (int lane = 0; lane < kLanes<T>; ++lane) sum += sums[m][j][lane];
-        if (b) sum += b[n + j];
-        if (index[m] < 0 || sum > best[m] || (sum != sum && best[m] == best[m])) {
-          best[m] = sum;
-          index[m] = n + j;
+  // Of the outcomes [n0, n0 + count), whose products are `sums`.
+  void update(T* sums, int64_t n0, int64_t count, T& best, int64_t& index) const {
+    for (int64_t j = 0; j < count; j += kLanes<T>) {
+      const int lanes = int(min64(kLanes<T>, count - j));
+      Vec<T> some = load(sums + j, lanes);
+      if (b) some += load(b + n0 + j, lanes);
+      const Vec<T> most = broadcast(best);
+      const Vec<T> better = some <= most ? Vec<T>{} : Vec<T>{} + 1;
+      if (index >= 0 && largest_lane<T>(better) == T(0)) continue;
+      for (int lane = 0; lane < lanes; ++lane) {
+        const T sum = some[lane];
+        if (index < 0 || sum > best || (sum != sum && best == best)) {
+          best = sum;
+          index = n0 + j + lane;
         }
       }
     }
   }
 
-  // To `index` [count].
-  void find(int64_t count, const T* const* a, T* best, int64_t* index) const {
+  // Of the outcomes [n0, n1), to `index` [count], from rows `a` [count][K]. `sums`: room(count)
+  // elements, of which the first `count` are the largest then.
+  void find(int64_t n0, int64_t n1, int64_t count, const T* a, T* sums, int64_t* index) const {
     for (int64_t i = 0; i < count; ++i) index[i] = -1;
-    for (int64_t n = 0; n < N;) {
-      const int outcomes = int(min64(kMostOutcomes, N - n));
-      for (int64_t m = 0; m < count;) {
-        const int rows = int(min64(kMostRows, count - m));
-        with_const<kMostRows>(rows, [&](auto r) {
-          constexpr int kR = decltype(r)::value;
-          with_const<kMostOutcomes>(outcomes, [&](auto o) {
-            tile<kR, decltype(o)::value>(a + m, n, best + m, index + m);
-          });
-        });
-        m += rows;
+    T *best = sums, *some_sums = sums + count;
+    for (int64_t n = n0; n < n1; n += kTogether) {
+      const int64_t some = min64(kTogether, n1 - n);
+      dot_products(a, K, count, w + n * K, K, some, K, T(1), some_sums, kTogether);
+      for (int64_t i = 0; i < count; ++i) {
+        update(some_sums + i * kTogether, n, some, best[i], index[i]);
       }
-      n += outcomes;
     }
   }
+  // Of all outcomes, shared out. `index` [kMostParts][count]: the result comes first.
+  void find(int64_t count, const T* a, T* sums, int64_t* index, const Threads& threads) const {
+    const int64_t blocks = ceil_div(N, kTogether);
+    const int64_t parts =
+        count * K * N < kWorthSharing ? 1 : min64(min64(threads.count, kMostParts), blocks);
+    run_tasks(threads, parts, [&](int64_t part) {
+      const int64_t n0 = part * blocks / parts * kTogether;
+      const int64_t n1 = min64((part + 1) * blocks / parts * kTogether, N);
+      find(n0, n1, count, a, sums + part * room(count), index + part * count);
+    });
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t i = 0; i < count; ++i) {
+        T& best = sums[i];
+        const T other = sums[part * room(count) + i];
+        if (other > best || (other != other && best == best)) {
+          best = other;
+          index[i] = index[part * count + i];
+        }
+      }
+    }
+  }
+  // Elements of `sums` a part.
+  static int64_t room(int64_t count) { return count * (kTogether + 1); }
 };
