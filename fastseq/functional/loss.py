@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseq import backends
-from fastseq.ops.linear_cross_entropy import linear_cross_entropy_fwd
+from fastseq.ops.linear_cross_entropy import loss_of
 
 __all__ = ["linear_cross_entropy"]
 
@@ -73,7 +73,7 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.to(lower)
         out_dtype = torch.float32
     grads = torch.is_grad_enabled()
-    loss = linear_cross_entropy_fwd(
+    loss = loss_of(
         hidden.reshape(target.numel(), hidden.shape[-1]),
         weight,
         bias,
@@ -85,7 +85,7 @@ def linear_cross_entropy(
         grads and hidden.requires_grad,
         grads and weight.requires_grad,
         grads and bias is not None and bias.requires_grad,
-    )[0].to(out_dtype)
+    ).to(out_dtype)
     return loss.view(target.shape) if reduction == "none" else loss
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastseq.reference.loss import linear_cross_entropy as _reference
 
-__all__ = ["linear_cross_entropy_bwd", "linear_cross_entropy_fwd"]
+__all__ = ["linear_cross_entropy_bwd", "linear_cross_entropy_fwd", "loss_of"]
 
 # Bytes of a chunk's logits. Beyond 512 rows at V = 8000 the products gain nothing (measured).
 CHUNK_BYTES = 16 << 20
@@ -239,6 +239,11 @@ def _bwd_fake(dloss, hidden, weight, bias, target, class_weight, ignore, smoothi
     return _grads_fake(hidden, weight, *needs)
 
 
+# Whether a backward pass may come again; if not, what was saved for it may be overwritten: a second
+# copy of a large weight's gradient would be most of a step's memory. (True where torch can't tell.)
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
@@ -254,6 +259,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             output = linear_cross_entropy_fwd(*inputs)
         ctx.options = ignore_index, smoothing, reduction
+        ctx.alone = False
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, target, class_weight, *output[1:])
@@ -272,13 +278,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grads = linear_cross_entropy_bwd(dloss, *inputs, ignore_index, smoothing, *needs)
         else:
             scale = scale * dloss
+            times = Tensor.mul_ if ctx.alone and not _keeps_graph() else Tensor.mul
             grads = [
-                grad * scale if needed else None
+                times(grad, scale) if needed else None
                 for grad, needed in zip((dhidden, dweight, dbias), needs, strict=True)
             ]
         dtype = inputs[0].dtype
         kept = [g.to(dtype) if needed else None for g, needed in zip(grads, needs, strict=True)]
         return *kept, *(None,) * 8
+
+
+class _Loss(_LinearCrossEntropy):
+    """The loss alone: gradients that nobody else holds may be scaled where they lie."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        loss = _LinearCrossEntropy.forward(ctx, *inputs)[0]
+        ctx.alone = True
+        return loss
+
+
+def loss_of(*inputs) -> Tensor:
+    """The operator's loss, differentiable; inputs as its own."""
+    if torch.compiler.is_compiling() or type(inputs[0]) is not Tensor:
+        return linear_cross_entropy_fwd(*inputs)[0]
+    wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs[:3])
+    if wanted and torch._C._functorch.peek_interpreter_stack() is None:
+        return _Loss.apply(*inputs)
+    return linear_cross_entropy_fwd(*inputs)[0]
 
 
 def _backward_twice(inputs, options, dloss, needs):
