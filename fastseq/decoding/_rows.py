@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastseq.decoding._module import ModuleDecoder
 from fastseq.functional.decoder import past_end
+from fastseq.nn.decoder import AttentionDecoder
 from fastseq.reference.attention import check_lengths, length_mask
 
-__all__ = ["PAD", "Choice", "Rows", "a_token_each", "check_max_length", "decode", "write"]
+__all__ = ["PAD", "Choice", "Rows", "a_token_each", "check_max_length", "cut", "decode", "write"]
 
 PAD = 0
 
@@ -51,6 +53,8 @@ class Rows:
         attends = hasattr(decoder, "stepper") or (
             "encoder_outputs" in inspect.signature(decoder.forward).parameters
         )
+        if isinstance(decoder, AttentionDecoder):
+            decoder = ModuleDecoder(decoder)
         mask = None
         if lengths is not None:
             check_lengths(lengths, src)
@@ -66,6 +70,8 @@ class Rows:
         encoded = model.encoder(src) if lengths is None else model.encoder(src, lengths)
         outputs, state = encoded if attends else (None, encoded)
         self._state = (state,) if isinstance(state, Tensor) else tuple(state)
+        if isinstance(decoder, ModuleDecoder):
+            self._state = decoder.first(self._state)
         self._prepare = partial(_prepare, decoder, outputs, mask) if attends else lambda: decoder
         self._step: Callable | None = None
         self._source = (outputs, mask)
@@ -84,13 +90,7 @@ class Rows:
         if self._generate is None or max_length == 0 or start.shape[0] == 0:
             return None
         found = self._generate(start, max_length, *self._state, *self._source, end_token)
-        if found is None or end_token is None:
-            return found
-        tokens, weights = found
-        # What follows a row's first end is padding; steps after the last row's end are cut.
-        past = past_end(tokens, end_token)
-        steps = int((~past).sum(1).max())
-        return tokens.masked_fill(past, PAD)[:, :steps], weights[:, :steps]
+        return None if found is None else cut(*found, end_token)
 
     def search(self, start: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor] | None:
         """Tokens, scores and lengths of a beam search, by the decoder itself; None where it has no
@@ -123,6 +123,16 @@ class Rows:
             self.sources = self.sources.index_select(0, kept)
             if hasattr(self._step, "select"):
                 self._step = self._step.select(kept)
+
+
+def cut(tokens: Tensor, weights: Tensor, end_token: int | None) -> tuple[Tensor, Tensor]:
+    """Tokens [B, N] and weights [B, N, S] as far as a row goes on: what follows a row's first end
+    is PAD."""
+    if end_token is None:
+        return tokens, weights
+    past = past_end(tokens, end_token)
+    steps = int((~past).sum(1).max())
+    return tokens.masked_fill(past, PAD)[:, :steps], weights[:, :steps]
 
 
 def _prepare(decoder: nn.Module, outputs: Tensor, mask: Tensor | None) -> Callable:

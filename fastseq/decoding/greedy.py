@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastseq.decoding._rows import Rows, a_token_each, check_max_length, write
+from fastseq.decoding._rows import Rows, a_token_each, check_max_length, cut, write
 
 __all__ = ["greedy"]
 
@@ -48,14 +48,18 @@ def greedy(
     check_max_length(max_length, "greedy")
     start = a_token_each(bos, src, "bos", "greedy")
     ends = None if eos is None else a_token_each(eos, src, "eos", "greedy")
-    rows = Rows(model, src, lengths, "greedy")
-    if return_weights and rows.no_weights is None:
-        raise ValueError(
-            "fastseq.greedy: expected return_weights = False for a model without attention"
-        )
+    one_end = eos is None or isinstance(eos, int)
     found = None
-    if eos is None or isinstance(eos, int):
-        found = rows.greedy(start, max_length, eos)
+    if one_end and lengths is None and hasattr(model, "greedy_in_one_call"):
+        found = model.greedy_in_one_call(src, start, max_length, eos)
+        found = found and cut(*found, eos)
+    if found is None:
+        rows = Rows(model, src, lengths, "greedy")
+        if return_weights and rows.no_weights is None:
+            raise ValueError(
+                "fastseq.greedy: expected return_weights = False for a model without attention"
+            )
+        found = rows.greedy(start, max_length, eos) if one_end else None
     tokens, weights = found or write(
         rows, start, ends, max_length, lambda logits: logits.argmax(1), return_weights
     )

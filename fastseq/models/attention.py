@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from fastseq import backends, nn
 from fastseq.functional.beams import attention_beams
 from fastseq.functional.decoder import attention_decoder, from_start
+from fastseq.models import _whole
 from fastseq.models._steps import (
     Forced,
     after_start,
@@ -496,7 +497,14 @@ class Seq2Seq(nn.Module):
             TypeError, ValueError: ``lengths`` of another kind, shape or range.
             ValueError: ``trg`` of another number of dimensions.
         """
-        prepared = self._prepare(src, trg, teacher_forcing_ratio, lengths)
+        check_target(src, trg, "models.attention.Seq2Seq")
+        lengths = _unless_full(lengths, src)
+        forced = draw_forced(trg.shape[1] - 1, teacher_forcing_ratio)
+        if lengths is None:
+            logits = _whole.logits(self._parameters_of_one(src), src, trg, forced)
+            if logits is not None:
+                return logits
+        prepared = self._prepare(src, trg, forced, lengths)
         decoder, logits = self.decoder, None
         trg, forced, hidden, cell, *source = prepared
         if trg.shape[1] > 1 and computes_as(decoder, Decoder):
@@ -521,17 +529,27 @@ class Seq2Seq(nn.Module):
         Raises:
             NotImplementedError: the decoder or a part has hooks or a forward of its own.
         """
-        return self.decoder.features(*self._prepare(src, trg, teacher_forcing_ratio, lengths))
+        check_target(src, trg, "models.attention.Seq2Seq")
+        forced = draw_forced(trg.shape[1] - 1, teacher_forcing_ratio)
+        return self.decoder.features(*self._prepare(src, trg, forced, lengths))
+
+    def greedy_in_one_call(
+        self, src: Tensor, start: Tensor, max_length: int, end_token: int | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Greedy decoding of full sources [B, S] in one call, as :meth:`Decoder.generate`; None
+        where it is not one."""
+        return _whole.greedy(self._parameters_of_one(src), src, start, max_length, end_token)
+
+    def _parameters_of_one(self, src: Tensor) -> list[Tensor] | None:
+        return _whole.parameters(self, (Encoder, Decoder), src)
 
     def _prepare(
-        self, src: Tensor, trg: Tensor, ratio: float, lengths: Tensor | None
+        self, src: Tensor, trg: Tensor, forced: Forced | None, lengths: Tensor | None
     ) -> tuple[Tensor, Forced | None, Tensor, Tensor, Tensor, Tensor | None]:
-        """The arguments of the decoder's loop: the source is read, the coins are drawn."""
-        check_target(src, trg, "models.attention.Seq2Seq")
+        """The arguments of the decoder's loop: the source is read."""
         lengths = _unless_full(lengths, src)
         encoder_outputs, (hidden, cell) = self.encoder(src, lengths)
         mask = None
         if lengths is not None:
             mask = length_mask(lengths.to(encoder_outputs.device), src.shape[1])
-        forced = draw_forced(trg.shape[1] - 1, ratio)
         return trg, forced, hidden, cell, encoder_outputs, mask

@@ -1,0 +1,36 @@
+// Ops that other ops are made of.
+#pragma once
+
+#include "tensors.h"
+
+namespace fastseq {
+namespace ops {
+
+Tensors recurrent_fwd(int64_t cell, Tensor x, OptionalTensor h0, OptionalTensor c0, Tensors weights,
+                      bool has_biases, int64_t directions, OptionalTensor batch_sizes,
+                      OptionalTensor lengths, OptionalTensor resets, Tensors masks, bool save);
+Tensors recurrent_bwd(int64_t cell, OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
+                      Tensor x, OptionalTensor h0, OptionalTensor c0, Tensors weights,
+                      bool has_biases, int64_t directions, OptionalTensor batch_sizes,
+                      OptionalTensor lengths, OptionalTensor resets, Tensors masks, Tensor saved,
+                      bool need_dx, bool need_dw, bool need_db, bool need_dh0);
+
+Tensors attention_decoder_fwd(int64_t cell, OptionalTensor x, OptionalTensor tokens,
+                              OptionalTensor table, OptionalTensor forced, Tensor h0,
+                              OptionalTensor c0, Tensor keys, Tensor values, OptionalTensor mask,
+                              Tensors weights, bool has_biases, OptionalTensor w_q,
+                              OptionalTensor v, OptionalTensor w_c, OptionalTensor b_c,
+                              OptionalTensor feed0, bool feeds, bool residual, double scale,
+                              OptionalTensor w_out, OptionalTensor b_out, OptionalTensor x_factor,
+                              OptionalTensor read_factor, int64_t end_token, bool save);
+Tensors attention_decoder_bwd(int64_t cell, OptionalTensor dfeatures, OptionalTensor dweights,
+                              OptionalTensor dh_n, OptionalTensor dc_n, Tensor features,
+                              Tensor attended, Tensor saved, Tensor h0, OptionalTensor c0,
+                              Tensor keys, Tensor values, OptionalTensor mask, Tensors weights,
+                              bool has_biases, OptionalTensor w_q, OptionalTensor v,
+                              OptionalTensor w_c, OptionalTensor b_c, bool feeds, bool residual,
+                              double scale, bool need_dx, bool need_keys, bool need_values,
+                              bool need_weights);
+
+}  // namespace ops
+}  // namespace fastseq
