@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastseq import backends
 from fastseq.backends import Explanation
 from fastseq.functional import attention_decoder
+from fastseq.functional.beams import attention_beams
 from fastseq.functional.decoder import from_start, past_end
 from fastseq.nn.rnn import GRU, LSTM, RNN
 
@@ -235,6 +236,42 @@ class AttentionDecoder(nn.Module):
         past = past_end(tokens, end_token)
         return tokens.masked_fill(past, end_token), weights.masked_fill(past.unsqueeze(2), 0)
 
+    @torch.no_grad()
+    def search(
+        self,
+        start: Tensor,
+        hx: tuple[Tensor, ...] | Tensor,
+        encoder_outputs: Tensor,
+        *,
+        mask: Tensor | None = None,
+        **options: object,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Beam search in one call of the kernel; None where it is not one.
+
+        :func:`fastseq.decoding.beam_search` takes models with such a decoder, and calls this.
+
+        Args:
+            start, hx, encoder_outputs, mask: as in :meth:`generate`.
+            options: of :func:`fastseq.functional.beams.attention_beams`, which says what returns.
+        """
+        runs = encoder_outputs.is_cpu and self.explained(values=encoder_outputs).backend == "cpu"
+        if not runs or torch.is_autocast_enabled("cpu"):
+            return None
+        return attention_beams(
+            start,
+            (hx,) if isinstance(hx, Tensor) else tuple(hx),
+            *self._source(encoder_outputs),
+            embedding=self.embedding.weight,
+            output=(self.fc.weight, self.fc.bias),
+            mask=mask,
+            **self._options(),
+            **options,
+        )
+
+    def picks_in_one_call(self) -> bool:
+        """Whether a loop that chooses its own tokens is one call."""
+        return self.location_conv is None
+
     def explained(
         self, input: object = None, hx: object = None, values: Tensor | None = None, *_, **keywords
     ) -> Explanation:
@@ -245,31 +282,44 @@ class AttentionDecoder(nn.Module):
         values = keywords.get("encoder_outputs", weights[0]) if values is None else values
         return backends.decoder_explanation(self.cell, values, weights)
 
-    def _run(self, input, hx, encoder_outputs, lengths, mask, forced, end_token=None):
+    def _source(self, encoder_outputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Keys, values and the layers' weights."""
         keys = encoder_outputs if self.key is None else self.key(encoder_outputs)
-        weights = [w for layer in self.rnn.all_weights for w in layer]
+        return keys, encoder_outputs, [w for layer in self.rnn.all_weights for w in layer]
+
+    def _options(self) -> dict[str, object]:
+        """What the loops take alike."""
+        return {
+            "cell": self.cell,
+            "has_biases": self.rnn.bias,
+            "query_weight": None if self.query is None else self.query.weight,
+            "v": self.v,
+            "combine": None if self.combine is None else (self.combine.weight, self.combine.bias),
+            "input_feeding": self.input_feeding,
+            "residual": self.residual,
+        }
+
+    def _run(self, input, hx, encoder_outputs, lengths, mask, forced, end_token=None, feed=None):
         location = None
         if self.location_conv is not None:
             location = self.location_conv.weight, self.location_proj.weight
-        combine = None if self.combine is None else (self.combine.weight, self.combine.bias)
         return attention_decoder(
             input,
             (hx,) if isinstance(hx, Tensor) else tuple(hx),
-            keys,
-            encoder_outputs,
-            weights,
-            cell=self.cell,
-            has_biases=self.rnn.bias,
-            query_weight=None if self.query is None else self.query.weight,
-            v=self.v,
-            combine=combine,
-            input_feeding=self.input_feeding,
-            residual=self.residual,
+            *self._source(encoder_outputs),
             lengths=lengths,
             mask=mask,
+            feed=feed,
             embedding=self.embedding.weight,
             forced=forced,
             output=None if forced is None else (self.fc.weight, self.fc.bias),
             end_token=end_token,
             location=location,
+            **self._options(),
         )
+
+    def _step(self, token, hx, encoder_outputs, mask, feed):
+        """Logits [B, 1, V], states, weights [B, 1, S], and with input feeding what is fed next."""
+        decoded = self._run(token, hx, encoder_outputs, None, mask, None, feed=feed)
+        fed = decoded.features[:, -1] if self.input_feeding else None
+        return self.fc(decoded.features), decoded.states, decoded.weights, fed
