@@ -1,4 +1,4 @@
-"""On CUDA tensors everything runs on PyTorch's own code: same answers, and explain() says so."""
+"""On CUDA tensors: PyTorch's own code until kernels were measured, the same answers after it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import fastseq
 from fastseq import nn
 from fastseq.models import attention
+from fastseq.ops import measured_cuda
 from fastseq.reference import attention as reference
 from fastseq.testing import assert_close_to_reference
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_lstm_falls_back_to_torch(bidirectional):
+def test_an_lstm_as_it_runs_by_default(bidirectional):
     torch.manual_seed(0)
     ours = nn.LSTM(5, 17, 2, bidirectional=bidirectional).cuda()
     theirs = torch.nn.LSTM(5, 17, 2, bidirectional=bidirectional).cuda()
@@ -25,7 +26,8 @@ def test_lstm_falls_back_to_torch(bidirectional):
         exact = theirs.double()(x.double())[0]
         found = ours(x)[0]
         baseline = theirs.float()(x)[0]
-    assert fastseq.explain(ours, x).backend == "torch"
+    if not measured_cuda.TABLE:
+        assert fastseq.explain(ours, x).backend == "torch"
     assert_close_to_reference(found.cpu(), exact.cpu(), baseline.cpu(), what="output")
 
 

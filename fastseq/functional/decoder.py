@@ -132,7 +132,8 @@ def attention_decoder(
         combine, output = (
             None if pair is None else tuple(map(lower, pair)) for pair in (combine, output)
         )
-    if isinstance(forced, Tensor) and not torch.compiler.is_compiling():
+    # (Those that a GPU holds stay there: looking at them would mean waiting.)
+    if isinstance(forced, Tensor) and forced.is_cpu and not torch.compiler.is_compiling():
         forced = forced.tolist()
     arguments = {
         "cell": cell, "has_biases": has_biases, "query_weight": query_weight, "v": v,
@@ -167,7 +168,7 @@ def attention_decoder(
     w_out, b_out = (None, None) if output is None or forced is None else output
     settings = _op.Settings(
         _op.DECODER_CELLS[cell].number, tokens,
-        torch.tensor([bool(f) for f in forced]) if known and forced else forced, mask, has_biases,
+        _on_the_host(forced) if known and forced else forced, mask, has_biases,
         input_feeding, residual, float(scale),
         *(wide(_detached(t)) for t in (w_out, b_out, input_factor, output_factor)),
         -1 if end_token is None else end_token,
@@ -198,6 +199,11 @@ def from_start(start: Tensor, steps: int) -> dict[str, object]:
     [B]."""
     tokens = start.unsqueeze(1).expand(-1, steps).contiguous()
     return {"input": tokens, "forced": (True, *[False] * steps)}
+
+
+def _on_the_host(flags) -> Tensor:
+    """Whatever the default device is."""
+    return torch.tensor([bool(flag) for flag in flags], device="cpu")
 
 
 def past_end(tokens: Tensor, end_token: int) -> Tensor:
@@ -377,7 +383,7 @@ def _check_input(op, input, B, arguments) -> int:
     if not input.is_cpu or torch.compiler.is_compiling():
         return embedding.shape[1]
     # Those that are never fed may be anything.
-    fed = input if forced is None else input[:, torch.tensor([bool(f) for f in forced[:T]])]
+    fed = input if forced is None else input[:, _on_the_host(forced[:T])]
     if fed.numel():
         least, most = (int(t) for t in fed.aminmax())
         if least < 0 or most >= V:

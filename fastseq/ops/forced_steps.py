@@ -32,11 +32,11 @@ _library.define(
 )
 _library.impl(
     "forced_steps",
-    lambda steps, ratio: torch.tensor(draw(steps, float(ratio)), dtype=torch.bool),
+    lambda steps, ratio: torch.tensor(draw(steps, float(ratio)), dtype=torch.bool, device="cpu"),
     "CompositeExplicitAutograd",
 )
 torch.library.register_fake(
-    "fastseq::forced_steps", lambda steps, ratio: torch.empty(steps, dtype=torch.bool)
+    "fastseq::forced_steps", lambda steps, ratio: torch.empty(steps, dtype=torch.bool, device="cpu")
 )
 forced_steps = torch.ops.fastseq.forced_steps.default
 """(steps, ratio [], float64) -> what :func:`draw` gives, bool [steps] on the CPU."""

@@ -148,9 +148,10 @@ class Padding:
 
     def __init__(self, batch_sizes: Tensor, rows: int, send):
         self.steps, self.rows = len(batch_sizes), rows
-        step = torch.repeat_interleave(torch.arange(self.steps), batch_sizes)
-        row = torch.arange(len(step)) - (batch_sizes.cumsum(0) - batch_sizes)[step]
-        lengths = torch.searchsorted(-batch_sizes, -torch.arange(rows))
+        host = {"device": "cpu"}
+        step = torch.repeat_interleave(torch.arange(self.steps, **host), batch_sizes)
+        row = torch.arange(len(step), **host) - (batch_sizes.cumsum(0) - batch_sizes)[step]
+        lengths = torch.searchsorted(-batch_sizes, -torch.arange(rows, **host))
         sent = send(torch.cat((step * rows + row, lengths)))
         self.where, self.lengths = sent[: len(step)], sent[len(step) :]
 

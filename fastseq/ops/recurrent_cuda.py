@@ -128,7 +128,7 @@ def _tokens(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None, lengths: T
         return _Tokens(steps, rows, steps * rows, None, lengths)
     rows = h0.shape[1]
     # Sequence b runs at the steps whose size is above b.
-    each = torch.searchsorted(-batch_sizes, -torch.arange(rows))
+    each = torch.searchsorted(-batch_sizes, -torch.arange(rows, device="cpu"))
     where = send(torch.cat((batch_sizes.cumsum(0) - batch_sizes, each)), x.device)
     steps = len(batch_sizes)
     return _Tokens(steps, rows, len(x), where[:steps], where[steps:])

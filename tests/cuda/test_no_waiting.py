@@ -72,7 +72,7 @@ FORMS = {
 }
 
 
-def both_passes(cell, form, proj_size=0):
+def both_passes(cell, form, proj_size=0, around=None):
     zoneout = cell.startswith("zoneout_")
     options = dict(FORMS[form], proj_size=proj_size)
     case = recurrent_case(cell.removeprefix("zoneout_"), 4, 3, 5, 8, **options)
@@ -87,12 +87,13 @@ def both_passes(cell, form, proj_size=0):
     widths = (proj_size or 8, 8)[: kind.states]
     masks = [x.new_zeros(*x.shape[:-1], w) for w in widths * D] if zoneout else []
     given = (weights, True, D, sizes, lengths, on_gpu(resets), masks)
-    *out, saved = recurrent_cuda.forward(kind.number, x, h0, c0, *given, True)
-    cotangents = [torch.empty_like(t) for t in (*out, None)[:3] if t is not None]
-    dc = cotangents[2] if kind.states == 2 else None
-    grads = recurrent_cuda.backward(
-        kind.number, *cotangents[:2], dc, x, h0, c0, *given, saved, True, True, True, True
-    )
+    with around or contextlib.nullcontext():
+        *out, saved = recurrent_cuda.forward(kind.number, x, h0, c0, *given, True)
+        cotangents = [torch.empty_like(t) for t in (*out, None)[:3] if t is not None]
+        dc = cotangents[2] if kind.states == 2 else None
+        grads = recurrent_cuda.backward(
+            kind.number, *cotangents[:2], dc, x, h0, c0, *given, saved, True, True, True, True
+        )
     assert all(t.is_meta for t in (*out, *grads))
 
 
@@ -105,6 +106,11 @@ CELLS += [("layer_norm_lstm", 6), ("zoneout_lstm", 0), ("zoneout_lstm", 6), ("zo
 def test_layers(a_gpu, cell, proj_size, form):
     both_passes(cell, form, proj_size)
     assert (a_gpu.seen > 0) == (form in ("packed", "lengths of the host"))
+
+
+@pytest.mark.parametrize("cell, proj_size", [("lstm", 0), ("layer_norm_lstm", 6)])
+def test_what_the_host_needs_is_made_there_whatever_the_default_device(a_gpu, cell, proj_size):
+    both_passes(cell, "packed", proj_size, torch.device("meta"))
 
 
 PLANTED = {

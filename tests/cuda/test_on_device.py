@@ -10,14 +10,15 @@ import torch
 
 import fastseq
 from fastseq import functional, nn
-from fastseq.ops import decoder_cuda, recurrent_cuda
+from fastseq.ops import decoder_cuda, measured_cuda, recurrent_cuda
 from fastseq.ops.recurrent_cuda import GRID, STEP, WHOLE
 from fastseq.testing import assert_matches, recurrent_case, run_with_grads
 from fastseq.testing_decoder import decoder_case
 from tests.cuda.test_recurrent import FORMS, IDS, RUNS, STEP_CELLS, WHOLE_CELLS
-from tests.fuzz_recurrent import ours, yardstick
+from tests.fuzz_recurrent import ours, with_zoneout, yardstick
 from tests.test_functional_decoder import ORDERS
 from tests.test_functional_decoder import check as check_decoder
+from tests.test_functional_rnn_calls import SPECIALS
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -88,6 +89,64 @@ def test_against_the_reference(way, cell, form, dtype):
 @pytest.mark.parametrize("cell", STEP_CELLS)
 def test_float64(cell, form):
     check(case_of(cell, form, 33, torch.float64), STEP)
+
+
+@pytest.mark.parametrize("form", ["padded", "resets, lengths", "resets, packed", "stacked"])
+@pytest.mark.parametrize("way, cell", [run for run in RUNS if "lstm" in run[1]], ids=str)
+def test_projections(way, cell, form):
+    for H, P, dtype in ((33, 5, torch.float32), (64, 16, torch.float32), (64, 16, torch.bfloat16)):
+        options = dict(proj_size=P, dtype=dtype, **FORMS[form])
+        case = recurrent_case(cell, 6, 5, 4, H, **options)
+        check(moved(case.packed() if "packed" in form else case), way)
+
+
+@pytest.mark.parametrize("form", ["padded", "resets, lengths", "resets, packed", "stacked"])
+@pytest.mark.parametrize("cell, P", [("lstm", 0), ("lstm", 16), ("gru", 0)])
+def test_zoneout(cell, P, form):
+    """Without draws, which would have to be the same on both sides."""
+    pair = (0.3, 0.2) if cell == "lstm" else (0.3,)
+    case = recurrent_case(cell, 6, 5, 4, 32, proj_size=P, **FORMS[form])
+    case = moved(case.packed() if "packed" in form else case)
+    fn = ours(case, zoneout=pair if cell == "lstm" else 0.3, train=False)
+    with torch.device("cuda"):
+        reference = with_zoneout(case, pair, False)
+        assert_matches(
+            fn, reference, reference, case.inputs, case.cotangents, names=case.names, what=str(case)
+        )
+
+
+def test_rows_that_are_normalised_in_more_than_48_kilobytes():
+    check(moved(recurrent_case("layer_norm_lstm", 4, 3, 8, 2000, lengths="random")), STEP)
+
+
+def test_lengths_of_the_host():
+    layer = nn.GRU(16, 64).cuda()
+    x, lengths = torch.randn(7, 5, 16, device="cuda"), torch.tensor([7, 3, 0, 1, 7])
+    assert torch.equal(layer(x, lengths=lengths)[0], layer(x, lengths=lengths.cuda())[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x, lengths=lengths)
+        layer(torch.nn.utils.rnn.PackedSequence(x.flatten(0, 1), torch.tensor([5] * 7)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+def test_special_values_as_in_the_reference(way, cell):
+    recurrent_cuda.way = way
+    for name, (which, change) in SPECIALS.items():
+        case = recurrent_case(cell, 5, 3, 4, 21).map(torch.clone)
+        if which not in case.inputs:
+            continue
+        change(case.inputs[which])
+        case = moved(case)
+        normalised = cell == "layer_norm_lstm"
+        # torch's layer_norm, and cuDNN, make NaN of huge values.
+        cotangents = [] if "huge" in name else [case.cotangents]
+        assert_matches(
+            ours(case), case.reference(), case.reference() if normalised else yardstick(case),
+            case.inputs, *cotangents, names=case.names, what=f"{name} {case}",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
@@ -235,6 +294,16 @@ def test_explain_names_the_kernels_and_why_they_are_not_the_default():
     layer = nn.LSTM(3, 5).cuda()
     x = torch.randn(4, 2, 3, device="cuda")
     assert fastseq.explain(layer, x).backend == "cuda"
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = torch.ops.fastseq.recurrent_cuda_fwd
+        record = lambda *args: taken.append(original(*args))  # noqa: E731
+        patch.setattr(torch.ops.fastseq, "recurrent_cuda_fwd", record)
+        for H in (5, 200, 3000):
+            layer = nn.LSTM(3, H).cuda()
+            layer(x)
+            assert f"`{recurrent_cuda.NAMES[taken[-1]]}`" in fastseq.explain(layer, x).reason
     with fastseq.use_backend("auto"):
         found = fastseq.explain(layer, x)
-    assert found.backend == "torch" and "not yet measured" in found.reason
+    if not measured_cuda.TABLE:
+        assert found.backend == "torch" and "not yet measured" in found.reason
