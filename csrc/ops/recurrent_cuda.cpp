@@ -86,8 +86,9 @@ int64_t recurrent_cuda_fwd(int64_t cell, int64_t way, int64_t stream, int64_t T,
       cuda::Forward<T_>&a = sides[d], &p = projections[d];
       const Tensor state = torch::stable::select(h, 0, d);
       const Tensor by = torch::stable::transpose(w_hh[size_t(d)], 0, 1);
-      Tensor wide = scratch(h, wide_type(zx), {B, P});
-      torch::stable::copy_(wide, state);
+      const bool reads_h = projected || kernels.reads_h;
+      Tensor wide = scratch(h, wide_type(zx), {reads_h ? B : 0, P});
+      if (reads_h) torch::stable::copy_(wide, state);
       a.zh = read<T_>(zh);
       a.h_wide = write<W>(wide);
       Tensor own, own_wide, by_hr;

@@ -55,25 +55,53 @@ def device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
-def _nearest(device: str, kind: Kind, B: int, H: int) -> dict | None:
-    """The row of the kind whose H, then B, comes nearest; None where there is none."""
+class _Found(NamedTuple):
+    """The row of a kind that comes nearest to a size, H first."""
 
-    def distance(row):
+    size: str
+    torch: float
+    way: str
+    ours: float
+
+
+# What was found, by what was asked for, and in which table: looking takes longer than launching.
+_found: dict[tuple, _Found | None] = {}
+_found_in: list[dict] = []
+
+
+def _nearest(device: str, kind: Kind, torchs_dtype: str, B: int, H: int) -> _Found | None:
+    if not _found_in or _found_in[0] is not TABLE or len(_found) > 4096:
+        _found.clear()
+        _found_in[:] = [TABLE]
+    asked = device, kind, torchs_dtype, B, H
+    if asked not in _found:
+        _found[asked] = _look(*asked)
+    return _found[asked]
+
+
+def _look(device: str, kind: Kind, torchs_dtype: str, B: int, H: int) -> _Found | None:
+    def of(kind: Kind) -> list[dict]:
+        wanted = kind._asdict().items()
+        return [row for row in TABLE.get(device, ()) if all(row[k] == v for k, v in wanted)]
+
+    def distance(row: dict) -> tuple[float, float]:
         return abs(math.log2(max(H, 1) / row["H"])), abs(math.log2(max(B, 1) / row["B"]))
 
-    rows = [r for r in TABLE.get(device, ()) if all(r[k] == v for k, v in kind._asdict().items())]
-    return min(rows, key=distance, default=None)
-
-
-def _ours(row: dict) -> tuple[str, float]:
-    """The way that took least, and its time."""
-    return min(((way, row[way]) for way in WAYS if way in row), key=lambda pair: pair[1])
+    row = min(of(kind), key=distance, default=None)
+    if row is None:
+        return None
+    size = {k: row[k] for k in "TBH"}
+    # torch's side under its own switch of precision, where that was measured at the same size.
+    theirs = [r for r in of(kind._replace(dtype=torchs_dtype)) if size.items() <= r.items()]
+    way, ours = min(((way, row[way]) for way in WAYS if way in row), key=lambda pair: pair[1])
+    said = ", ".join(f"{k} {n}" for k, n in size.items())
+    return _Found(said, (theirs or [row])[0]["torch"], way, ours)
 
 
 def fastest_way(device: str, kind: Kind, B: int, H: int) -> str | None:
     """Of csrc/cuda, at the nearest size measured; None where nothing was."""
-    row = _nearest(device, kind, B, H)
-    return None if row is None else _ours(row)[0]
+    found = _nearest(device, kind, kind.dtype, B, H)
+    return None if found is None else found.way
 
 
 def torchs_reason(
@@ -84,18 +112,12 @@ def torchs_reason(
     Measured: whichever took less at the nearest size. Else cuDNN has what it has its persistent
     kernel for, and the kernels the rest.
     """
-    row = _nearest(device, kind, B, H)
-    if row is not None:
-        theirs = row["torch"]
-        for other in TABLE[device]:
-            of_torch = kind._replace(dtype=torchs_dtype)._asdict()
-            if all(other[k] == v for k, v in (of_torch | {k: row[k] for k in "TBH"}).items()):
-                theirs = other["torch"]
-        way, ours = _ours(row)
-        if ours <= theirs:
+    found = _nearest(device, kind, torchs_dtype, B, H)
+    if found is not None:
+        if found.ours <= found.torch:
             return None
-        size = ", ".join(f"{k} {row[k]}" for k in "TBH")
-        return f"cuDNN was measured faster at {size}: {theirs:.3g} ms, by `{way}` {ours:.3g} ms"
+        times = f"{found.torch:.3g} ms, by `{found.way}` {found.ours:.3g} ms"
+        return f"cuDNN was measured faster at {found.size}: {times}"
     persistent = kind.dtype == "f16" and kind.form == "plain" and layers == 1
     if persistent and H % 128 == 0 and B % 8 == 0 and 0 < B <= 128:
         return f"cuDNN has a persistent kernel for such a call, and none was measured on {device}"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastseq import _native
 from fastseq.functional.rnn import as_matrix
@@ -328,6 +332,31 @@ def test_a_projection_among_the_steps_at_the_edges():
         check(case, fn=by_op(case))
 
 
+@pytest.mark.parametrize("form", ["lengths", "packed"])
+@pytest.mark.parametrize("cell, P", [("lstm", 0), ("lstm", 3), ("gru", 0), ("zoneout_lstm", 3),
+                                     ("zoneout_lstm", 0), ("layer_norm_lstm", 3)])  # fmt: skip
+def test_what_is_kept_is_as_large_as_tracing_is_told(cell, P, form):
+    kind = op.CELLS[cell]
+    case = recurrent_case(kind.reference, 6, 5, 4, 8, proj_size=P, **FORMS[form])
+    case = case.packed() if form == "packed" else case
+    D = 1 + case.options["bidirectional"]
+    x, h0, c0, *weights = (*list(case.inputs.values())[: 1 + kind.states], None)[:3] + tuple(
+        as_matrix(kind.reference, list(case.inputs.values())[1 + kind.states :], True, D)
+    )
+    widths = (P or 8, 8)[: kind.states]
+    masks = [torch.zeros(*x.shape[:-1], w) for w in widths * D] if kind.masks else []
+    sizes, lengths = (case.keywords.get(name) for name in ("batch_sizes", "lengths"))
+    given = (weights, True, D, sizes, lengths, None, masks, True)
+    with on_host():
+        found = recurrent_cuda.forward(kind.number, x, h0, c0, *given)
+    with FakeTensorMode():
+        fake = lambda t: None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda")  # noqa: E731
+        weights = [fake(w) for w in weights]
+        given = (weights, True, D, sizes, fake(lengths), None, [fake(m) for m in masks], True)
+        said = op._fwd_fake(kind.number, fake(x), fake(h0), fake(c0), *given)
+    assert [t.shape for t in said] == [t.shape for t in found]
+
+
 def test_what_no_weight_wants_is_not_made():
     case = case_of("lstm", "both directions", 8)
     inputs = list(case.inputs)
@@ -337,6 +366,52 @@ def test_what_no_weight_wants_is_not_made():
             everything = run_with_grads(ours(case), case.inputs, case.cotangents)
             for name in wrt:
                 assert torch.equal(some[f"grad {name}"], everything[f"grad {name}"])
+
+
+class Launches(TorchDispatchMode):
+    """What torch launches itself; views and memory are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "cell, once, each",
+    [
+        ("lstm", {}, {"aten::mm.out": 1}),
+        ("gru", {"aten::copy_": 1}, {"aten::mm.out": 1}),
+        ("layer_norm_lstm", {}, {"aten::mm.out": 1}),
+    ],
+)
+def test_a_step_is_one_product_beside_its_kernel(cell, once, each):
+    """As csrc/cuda/README.md counts launches; a decoder's steps are calls of one step each."""
+    kind, H = op.CELLS[cell], 8
+    biases = kind.gates if cell == "layer_norm_lstm" else 0
+    for T in (1, 4):
+        h, c = torch.zeros(1, 3, H), torch.zeros(1, 3, H) if kind.states == 2 else None
+        params = [torch.zeros(kind.params + biases, H)] if kind.params else []
+        with on_host(STEP), Launches() as seen:
+            torch.ops.fastseq.recurrent_cuda_fwd(
+                kind.number, STEP, 0, T, torch.zeros(3 * T, kind.gates * H),
+                [torch.zeros(kind.gates * H, H)], [], params, [], None, None, None, h, c,
+                torch.zeros(3 * T, H), None, *recurrent_cuda.NO_PROJECTION,
+            )  # fmt: skip
+        moved = {"aten::mm.out", "aten::copy_", "aten::zero_", "aten::fill_.Scalar"}
+        found = {name: n for name, n in seen.counts.items() if name in moved}
+        assert found == once | {name: n * T for name, n in each.items()}
+
+
+@pytest.mark.parametrize("cell, proj_size", [("lstm", 0), ("lstm", 2), ("gru", 0)])
+def test_gradients_of_gradients(cell, proj_size):
+    case = recurrent_case(cell, 2, 2, 2, 3, proj_size=proj_size, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in case.inputs.values()]
+    with on_host():
+        assert torch.autograd.gradgradcheck(ours(case), leaves)
 
 
 def test_recompute_gives_the_same_bits():

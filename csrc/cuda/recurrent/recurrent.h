@@ -182,8 +182,9 @@ struct RecurrentKernels {
   const char* (*grid_backward)(const Backward<T>*, int D, const GridPlan&, const GridSpace&,
                                void* stream);
   WholeSize size;
-  int blocks;  // of a token's row of dsums: see GradientRow, NormalisedGradientRow
-  int biases;  // rows of biases behind the cell's parameters
+  bool reads_h;  // whether `step` wants h_wide
+  int blocks;    // of a token's row of dsums: see GradientRow, NormalisedGradientRow
+  int biases;    // rows of biases behind the cell's parameters
 };
 
 // By number, as in csrc/cell/cells.h; T: double, float, Half, BFloat16.

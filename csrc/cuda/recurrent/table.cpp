@@ -25,6 +25,7 @@ template <class Cell, class T>
 RecurrentKernels<T> entry() {
   RecurrentKernels<T> k{};
   k.size = whole_size<Cell, T>();
+  k.reads_h = Cell::kReadsH;
   if constexpr (cell::kNormalised<Cell>) {
     k.step_forward = normalised_forward<Cell, T>;
     k.step_backward = normalised_backward<Cell, T>;
