@@ -99,6 +99,18 @@ def test_normalised_rows_wider_than_a_block():
         check(recurrent_case("layer_norm_lstm", 3, 3, 4, 150, **options))
 
 
+def test_squares_beyond_the_largest_number():
+    """What is normalised doesn't change with its unit; torch's arithmetic is no yardstick here."""
+    case = recurrent_case("layer_norm_lstm", 3, 2, 4, 20)
+    with on_host(STEP):
+        small, large = (
+            ours(case)(*case.map(lambda t, by=by: t * by, "x").inputs.values())
+            for by in (2.0**30, 2.0**100)
+        )
+    for found, expected in zip(large, small, strict=True):
+        assert torch.equal(found, expected) and expected.abs().max() > 0.1
+
+
 @pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
 def test_special_values_as_in_the_reference(way, cell):
     for name, (which, change) in SPECIALS.items():
