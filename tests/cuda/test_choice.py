@@ -177,6 +177,21 @@ def test_what_was_not_measured_is_torchs_where_cudnn_has_its_persistent_kernel(a
     assert said(nn.LSTM, 20, 64, 16, H=512, zoneout=0.1, **half).backend == "cuda"
 
 
+def test_a_single_step_stays_torchs_and_a_decoder_does_not(a_gpu, monkeypatch):
+    monkeypatch.setattr(measured_cuda, "TABLE", {"another GPU": []})
+    cell, x = nn.GRUCell(8, 16, device="cuda"), torch.empty(3, 8, device="cuda")
+    assert "as many launches" in fastseq.explain(cell, x).reason
+    with fastseq.use_backend("cuda"):
+        assert fastseq.explain(cell, x).backend == "cuda"
+    keys = torch.empty(3, 7, 16, device="cuda")
+    given = (torch.empty(3, 5, 8, device="cuda"), (), keys, keys, list(cell.parameters()))
+    found = fastseq.explain(functional.attention_decoder, *given, cell="gru")
+    assert found.backend == "cuda" and "one CUDA graph" in found.reason
+    monkeypatch.setattr(measured_cuda, "TABLE", {})
+    found = fastseq.explain(functional.attention_decoder, *given, cell="gru")
+    assert found.backend == "torch" and "not yet measured" in found.reason
+
+
 @pytest.mark.parametrize("fastest", ["step", "whole", "grid"])
 def test_the_way_measured_fastest_is_taken_where_it_can(a_gpu, monkeypatch, fastest):
     times = [1.0 if way == fastest else 2.0 for way in measured_cuda.WAYS]
