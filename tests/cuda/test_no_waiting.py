@@ -35,8 +35,10 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+        # (Below autograd torch's own functions arrive whole.)
+        aten, asked = torch.ops.aten, func.overloadpacket
+        if asked in (aten._to_copy, aten.to, aten.copy_):
+            source = args[1] if asked is aten.copy_ else args[0]
             if source.device != out.device:
                 self.seen += 1
                 assert any(source is t for t in self.pinned), f"{func} from {source.device}"
@@ -163,7 +165,8 @@ def test_decoders(a_gpu, monkeypatch, order, forced):
 
     for name in ("forward", "backward"):
         monkeypatch.setitem(decoder_cuda.GRAPHS, name, getattr(decoder_cuda, f"_{name}"))
-    beside("fwd"), beside("bwd")
+    beside("fwd")
+    beside("bwd")
     options = {} if forced is None else {"forced": forced}
     case = decoder_case("lstm", masked=True, **options, **ORDERS[order])
     run_with_grads(case.function(functional), case.inputs, case.cotangents, names=case.names)
