@@ -21,21 +21,21 @@ FASTSEQ_INLINE T additive_score(const T* q, const T* key, const T* extra, int64_
   Vec<T> total{};
   for (int64_t k0 = 0; k0 < K; k0 += 2 * N * kChain) {
     const int64_t end = min64(k0 + 2 * N * kChain, K);
-    Two<T> sum{};
+    Several<T, 2> sum{};
     int64_t k = k0;
     for (; k + 2 * N <= end; k += 2 * N) {
       const int64_t next = k + N;
       const Vec<T> t = Terms::value(load(q + k), additive_key<T, Extra>(key, extra, k, N));
       const Vec<T> u = Terms::value(load(q + next), additive_key<T, Extra>(key, extra, next, N));
-      sum = fma(Two<T>{load(v + k), load(v + next)}, Two<T>{t, u}, sum);
+      sum = fma(Several<T, 2>{load(v + k), load(v + next)}, Several<T, 2>{t, u}, sum);
     }
     for (; k < end; k += N) {
       const int lanes = int(min64(N, end - k));
       const Vec<T> t =
           Terms::value(load(q + k, lanes), additive_key<T, Extra>(key, extra, k, lanes));
-      sum.a = fma(load(v + k, lanes), t, sum.a);
+      sum.part[0] = fma(load(v + k, lanes), t, sum.part[0]);
     }
-    total += sum.a + sum.b;
+    total += sum.part[0] + sum.part[1];
   }
   return sum_of_lanes<T>(total);
 }

@@ -10,38 +10,40 @@ struct CellForwardRow {
   T* c;
   T* saved;  // or null
 
-  template <class V>
-  static FASTSEQ_INLINE void step(const CellForwardRow& r, const CellForwardRow& q, int64_t H,
-                                  int64_t unit, int64_t across, const T* bias) {
+  template <int N>
+  static FASTSEQ_INLINE void step(const Together<CellForwardRow>& at, int64_t H, int lanes,
+                                  const T* bias) {
     using L = LayoutOf<Cell>;
-    const int64_t unit_q = unit + across;
-    const int lanes = int(min64(kLanes<T>, H - unit));
+    using V = Several<T, N>;
     V z[L::kSums], h{}, c{}, saved[Cell::kSaved];
 #pragma GCC unroll 4
     for (int g = 0; g < Cell::kGates; ++g) {
       V x, y, b;
-      load_pair(x, r.from_x + g * H + unit, q.from_x + g * H + unit_q, lanes);
-      load_pair(y, r.from_h + g * H + unit, q.from_h + g * H + unit_q, lanes);
-      load_pair(b, bias + g * H + unit, bias + g * H + unit_q, lanes);
+      load_each(x, lanes, [&](int j) { return at.of(at.row(j).from_x + g * H, j); });
+      load_each(y, lanes, [&](int j) { return at.of(at.row(j).from_h + g * H, j); });
+      load_each(b, lanes, [&](int j) { return at.of(bias + g * H, j); });
       if (g == Cell::kApart) {
         V own;
-        load_pair(own, bias + Cell::kGates * H + unit, bias + Cell::kGates * H + unit_q, lanes);
+        load_each(own, lanes, [&](int j) { return at.of(bias + Cell::kGates * H, j); });
         z[g] = x + b;
         z[L::kSums - 1] = y + own;
       } else {
         z[g] = x + b + y;
       }
     }
-    if constexpr (Cell::kReadsH) load_pair(h, r.h_prev + unit, q.h_prev + unit_q, lanes);
-    if constexpr (Cell::kStates == 2) load_pair(c, r.c_prev + unit, q.c_prev + unit_q, lanes);
+    if constexpr (Cell::kReadsH)
+      load_each(h, lanes, [&](int j) { return at.of(at.row(j).h_prev, j); });
+    if constexpr (Cell::kStates == 2)
+      load_each(c, lanes, [&](int j) { return at.of(at.row(j).c_prev, j); });
     h = Cell::forward(z, h, c, static_cast<const V*>(nullptr), static_cast<const V*>(nullptr),
                       saved);
-    if constexpr (Cell::kStates == 2) store_pair(r.c + unit, q.c + unit_q, c, lanes);
-    store_pair(r.h + unit, q.h + unit_q, h, lanes);
-    if (r.saved) {
+    if constexpr (Cell::kStates == 2)
+      store_each(c, lanes, [&](int j) { return at.of(at.row(j).c, j); });
+    store_each(h, lanes, [&](int j) { return at.of(at.row(j).h, j); });
+    if (at.first->saved) {
 #pragma GCC unroll 8
       for (int i = 0; i < Cell::kSaved; ++i) {
-        store_pair(r.saved + i * H + unit, q.saved + i * H + unit_q, saved[i], lanes);
+        store_each(saved[i], lanes, [&](int j) { return at.of(at.row(j).saved + i * H, j); });
       }
     }
   }
@@ -57,54 +59,58 @@ struct CellBackwardRow {
   T* carried;   // dL/dh to the earlier step other than by W_hh, where the cell has any
   T* dsums;     // blocks in the order of GradientRow
 
-  template <class V>
-  static FASTSEQ_INLINE void step(const CellBackwardRow& r, const CellBackwardRow& q, int64_t H,
-                                  int64_t unit, int64_t across, const T*) {
+  template <int N>
+  static FASTSEQ_INLINE void step(const Together<CellBackwardRow>& at, int64_t H, int lanes,
+                                  const T*) {
     using L = LayoutOf<Cell>;
-    const int64_t unit_q = unit + across;
-    const int lanes = int(min64(kLanes<T>, H - unit));
+    using V = Several<T, N>;
     V saved[Cell::kSaved], c_prev{}, h_prev{}, dh{}, dc{}, carried{}, h{}, dz[L::kSums];
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::kSaved; ++i) {
-      load_pair(saved[i], r.saved + i * H + unit, q.saved + i * H + unit_q, lanes);
+      load_each(saved[i], lanes, [&](int j) { return at.of(at.row(j).saved + i * H, j); });
     }
-    load_pair(dh, r.dh + unit, q.dh + unit_q, lanes);
-    if constexpr (Cell::kReadsH) load_pair(h_prev, r.h_prev + unit, q.h_prev + unit_q, lanes);
+    load_each(dh, lanes, [&](int j) { return at.of(at.row(j).dh, j); });
+    if constexpr (Cell::kReadsH)
+      load_each(h_prev, lanes, [&](int j) { return at.of(at.row(j).h_prev, j); });
     if constexpr (Cell::kStates == 2) {
-      load_pair(c_prev, r.c_prev + unit, q.c_prev + unit_q, lanes);
-      load_pair(dc, r.dc + unit, q.dc + unit_q, lanes);
+      load_each(c_prev, lanes, [&](int j) { return at.of(at.row(j).c_prev, j); });
+      load_each(dc, lanes, [&](int j) { return at.of(at.row(j).dc, j); });
     }
     Cell::backward(saved, h_prev, c_prev, static_cast<const V*>(nullptr),
                    static_cast<const V*>(nullptr), dh, dc, carried, dz, static_cast<V*>(nullptr),
                    h);
-    if constexpr (Cell::kStates == 2) store_pair(r.dc + unit, q.dc + unit_q, dc, lanes);
+    if constexpr (Cell::kStates == 2)
+      store_each(dc, lanes, [&](int j) { return at.of(at.row(j).dc, j); });
     if constexpr (Cell::kCarriesH) {
-      store_pair(r.carried + unit, q.carried + unit_q, carried, lanes);
+      store_each(carried, lanes, [&](int j) { return at.of(at.row(j).carried, j); });
     }
 #pragma GCC unroll 4
     for (int i = 0; i < L::kSums; ++i) {
-      const int64_t at = GradientRow<Cell>::block(i) * H;
-      store_pair(r.dsums + at + unit, q.dsums + at + unit_q, dz[i], lanes);
+      const int64_t block = GradientRow<Cell>::block(i) * H;
+      store_each(dz[i], lanes, [&](int j) { return at.of(at.row(j).dsums + block, j); });
     }
   }
 };
 
-// The cells of `count` rows, two vectors at a time: of two rows, or of one.
+// The cells of `count` rows, several vectors at a time: of rows, or of one row.
 template <class T, class Row>
 void cell_rows(const Row* row, int64_t count, int64_t H, const T* bias) {
+  constexpr int64_t kMany = int64_t(kTogether) * kLanes<T>;
   int64_t m = 0;
-  for (; m + 1 < count; m += 2) {
+  for (; m + kTogether <= count; m += kTogether) {
     for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
-      Row::template step<Two<T>>(row[m], row[m + 1], H, unit, 0, bias);
+      const int lanes = int(min64(kLanes<T>, H - unit));
+      Row::template step<kTogether>({row + m, unit, false}, H, lanes, bias);
     }
   }
   for (; m < count; ++m) {
     int64_t unit = 0;
-    for (; unit + 2 * kLanes<T> <= H; unit += 2 * kLanes<T>) {
-      Row::template step<Two<T>>(row[m], row[m], H, unit, kLanes<T>, bias);
+    for (; unit + kMany <= H; unit += kMany) {
+      Row::template step<kTogether>({row + m, unit, true}, H, kLanes<T>, bias);
     }
     for (; unit < H; unit += kLanes<T>) {
-      Row::template step<Vec<T>>(row[m], row[m], H, unit, 0, bias);
+      const int lanes = int(min64(kLanes<T>, H - unit));
+      Row::template step<1>({row + m, unit, true}, H, lanes, bias);
     }
   }
 }

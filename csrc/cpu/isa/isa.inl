@@ -4,6 +4,8 @@
 // name>.
 #pragma once
 
+#include <type_traits>
+
 #include "../kernels.h"
 #include "../support/scratch.h"
 
@@ -27,6 +29,8 @@ namespace fastseq {
 namespace {
 
 #include "../support/vec.inl"
+
+#include "../support/maths.inl"
 
 #include "../gemm/tile.inl"
 

@@ -126,55 +126,58 @@ struct BackwardLoop {
     return sum;
   }
 
-  // The cell's maths for a vector of units of row r (V a vector), or also of row q or of the units
-  // `across` further on (V is Two): from dL/dh to the sums and to the step before.
-  template <class V>
-  FASTSEQ_INLINE void finish(const BackwardRow<T>& r, const BackwardRow<T>& q, int64_t unit,
-                             int64_t across, const T* params, V dh) {
-    if constexpr (!cell::kNormalised<Cell>) finish_cell(r, q, unit, across, params, dh);
+  // The cell's maths for N vectors of units, from dL/dh to the sums and to the step before.
+  template <int N>
+  FASTSEQ_INLINE void finish(const Together<BackwardRow<T>>& at, int lanes, const T* params,
+                             Several<T, N> dh) {
+    if constexpr (!cell::kNormalised<Cell>) finish_cell(at, lanes, params, dh);
   }
-  template <class V>
-  FASTSEQ_INLINE void finish_cell(const BackwardRow<T>& r, const BackwardRow<T>& q, int64_t unit,
-                                  int64_t across, const T* params, V dh) {
-    const int64_t H = a.shape.H, unit_q = unit + across;
-    const int lanes = int(min64(kLanes<T>, H - unit));
+  template <int N>
+  FASTSEQ_INLINE void finish_cell(const Together<BackwardRow<T>>& at, int lanes, const T* params,
+                                  Several<T, N> dh) {
+    using V = Several<T, N>;
+    const int64_t H = a.shape.H;
     V saved[Cell::kSaved], c_prev{}, h_prev{}, dc{}, carried{}, h{};
     V mask[kMostMasks], param[Cell::kParams + 1], dparam[Cell::kParams + 1], dz[L::kSums];
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::kSaved; ++i) {
-      load_pair(saved[i], r.saved + i * H + unit, q.saved + i * H + unit_q, lanes);
+      load_each(saved[i], lanes, [&](int j) { return at.of(at.row(j).saved + i * H, j); });
     }
     const bool carries = Cell::kCarriesH && !projected();
     if (carries) {
-      load_pair(carried, r.carry + unit, q.carry + unit_q, lanes);
+      load_each(carried, lanes, [&](int j) { return at.of(at.row(j).carry, j); });
       dh = dh + carried;
     }
-    if constexpr (Cell::kReadsH) load_pair(h_prev, r.h_prev + unit, q.h_prev + unit_q, lanes);
+    if constexpr (Cell::kReadsH) {
+      load_each(h_prev, lanes, [&](int j) { return at.of(at.row(j).h_prev, j); });
+    }
     if constexpr (Cell::kStates == 2) {
-      load_pair(c_prev, r.c_prev + unit, q.c_prev + unit_q, lanes);
-      load_pair(dc, r.dc + unit, q.dc + unit_q, lanes);
+      load_each(c_prev, lanes, [&](int j) { return at.of(at.row(j).c_prev, j); });
+      load_each(dc, lanes, [&](int j) { return at.of(at.row(j).dc, j); });
     }
     for (int i = 0; i < Cell::kMasks; ++i) {
-      load_pair(mask[i], r.masks[i] + unit, q.masks[i] + unit_q, lanes);
+      load_each(mask[i], lanes, [&](int j) { return at.of(at.row(j).masks[i], j); });
     }
     for (int i = 0; i < Cell::kParams; ++i) {
-      load_pair(param[i], params + i * H + unit, params + i * H + unit_q, lanes);
+      load_each(param[i], lanes, [&](int j) { return at.of(params + i * H, j); });
     }
     Cell::backward(saved, h_prev, c_prev, param, mask, dh, dc, carried, dz, dparam, h);
-    if constexpr (Cell::kStates == 2) store_pair(r.dc_out + unit, q.dc_out + unit_q, dc, lanes);
-    if (carries) {
-      store_pair(r.carry_out + unit, q.carry_out + unit_q, carried, lanes);
+    if constexpr (Cell::kStates == 2) {
+      store_each(dc, lanes, [&](int j) { return at.of(at.row(j).dc_out, j); });
     }
+    if (carries) store_each(carried, lanes, [&](int j) { return at.of(at.row(j).carry_out, j); });
 #pragma GCC unroll 4
     for (int i = 0; i < L::kSums; ++i) {
-      const int64_t at = Row::block(i) * H;
-      store_pair(r.dsums + at + unit, q.dsums + at + unit_q, dz[i], lanes);
+      store_each(dz[i], lanes,
+                 [&](int j) { return at.of(at.row(j).dsums + Row::block(i) * H, j); });
     }
     for (int i = 0; i < Cell::kParams; ++i) {
-      const int64_t at = (L::kSums + i) * H;
-      store_pair(r.dsums + at + unit, q.dsums + at + unit_q, dparam[i], lanes);
+      store_each(dparam[i], lanes,
+                 [&](int j) { return at.of(at.row(j).dsums + (L::kSums + i) * H, j); });
     }
-    if (r.hidden) store_pair(r.hidden + unit, q.hidden + unit_q, h, lanes);
+    if (at.first->hidden) {
+      store_each(h, lanes, [&](int j) { return at.of(at.row(j).hidden, j); });
+    }
   }
 
   // The cells of `rows` rows, for `vectors` vectors of units from `unit` on; sum(m, j) is where the
@@ -183,24 +186,25 @@ struct BackwardLoop {
   FASTSEQ_INLINE void finish_tile(const BackwardRow<T>* row, int rows, int64_t unit, int vectors,
                                   const T* params, bool paths, const Sum& sum) {
     const int64_t H = a.shape.H;
-    for (int j = 0; j < vectors; ++j, unit += kLanes<T>) {
-      const int lanes = int(min64(kLanes<T>, H - unit));
-      auto dh = [&](int m, int of, int64_t at) {
-        const Vec<T> product = load(sum(m, of));
-        return paths ? add_paths(row[m], at, lanes, product) : product;
-      };
-      if (rows == 1 && j + 1 < vectors && unit + 2 * kLanes<T> <= H) {
-        const Two<T> both{dh(0, j, unit), dh(0, j + 1, unit + kLanes<T>)};
-        finish<Two<T>>(row[0], row[0], unit, kLanes<T>, params, both);
-        ++j;
-        unit += kLanes<T>;
-        continue;
-      }
-      int m = 0;
-      for (; m + 1 < rows; m += 2) {
-        finish<Two<T>>(row[m], row[m + 1], unit, 0, params, {dh(m, j, unit), dh(m + 1, j, unit)});
-      }
-      if (m < rows) finish<Vec<T>>(row[m], row[m], unit, 0, params, dh(m, j, unit));
+    // `first` and, `across`, its neighbours, or the rows below it.
+    auto finish_at = [&](auto n, int m, int j, bool across) {
+      const Together<BackwardRow<T>> at{row + m, unit + j * kLanes<T>, across};
+      const int lanes = int(min64(kLanes<T>, H - at.unit));
+      finish(at, lanes, params, Several<T, decltype(n)::value>::each([&](int i) {
+               const Vec<T> product = load(across ? sum(m, j + i) : sum(m + i, j));
+               return paths ? add_paths(at.row(i), at.unit + (across ? i * kLanes<T> : 0), lanes,
+                                        product)
+                            : product;
+             }));
+    };
+    if (rows == 1) {
+      const int whole = int(min64(vectors, (H - unit) / kLanes<T>));
+      several_at_a_time(whole, [&](auto n, int j) { finish_at(n, 0, j, true); });
+      if (whole < vectors) finish_at(Const<1>{}, 0, whole, true);
+      return;
+    }
+    for (int j = 0; j < vectors; ++j) {
+      several_at_a_time(rows, [&](auto n, int m) { finish_at(n, m, j, false); });
     }
   }
 

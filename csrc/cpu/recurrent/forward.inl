@@ -120,34 +120,36 @@ struct ForwardLoop {
     return count;
   }
 
-  // The cell's maths for a vector of units of row r (V a vector), or also of row q or of the units
-  // `across` further on (V is Two).
-  template <class V>
-  FASTSEQ_INLINE void finish(const ForwardRow<T>& r, const ForwardRow<T>& q, int64_t unit,
-                             int64_t across, const T* params, const T* sums, const T* sums_q) {
-    const int64_t H = a.shape.H, unit_q = unit + across;
-    const int lanes = int(min64(kLanes<T>, H - unit));
+  // The cell's maths for N vectors of units; sums(i): of the i-th, [kSums][kUnits][lanes].
+  template <int N, class Sums>
+  FASTSEQ_INLINE void finish(const Together<ForwardRow<T>>& at, int lanes, const T* params,
+                             const Sums& sums) {
+    using V = Several<T, N>;
+    const int64_t H = a.shape.H;
     V z[L::kSums], c{}, h{}, mask[kMostMasks], param[Cell::kParams + 1], saved[Cell::kSaved];
 #pragma GCC unroll 4
     for (int i = 0; i < L::kSums; ++i) {
-      constexpr int kNext = L::kUnits * kLanes<T>;
-      load_pair(z[i], sums + i * kNext, sums_q + i * kNext, kLanes<T>);
+      load_each(z[i], kLanes<T>, [&](int j) { return sums(j) + i * L::kUnits * kLanes<T>; });
     }
-    if constexpr (Cell::kReadsH) load_pair(h, r.h + unit, q.h + unit_q, lanes);
-    if constexpr (Cell::kStates == 2) load_pair(c, r.c + unit, q.c + unit_q, lanes);
+    if constexpr (Cell::kReadsH) load_each(h, lanes, [&](int j) { return at.of(at.row(j).h, j); });
+    if constexpr (Cell::kStates == 2) {
+      load_each(c, lanes, [&](int j) { return at.of(at.row(j).c, j); });
+    }
     for (int i = 0; i < Cell::kMasks; ++i) {
-      load_pair(mask[i], r.masks[i] + unit, q.masks[i] + unit_q, lanes);
+      load_each(mask[i], lanes, [&](int j) { return at.of(at.row(j).masks[i], j); });
     }
     for (int i = 0; i < Cell::kParams; ++i) {
-      load_pair(param[i], params + i * H + unit, params + i * H + unit_q, lanes);
+      load_each(param[i], lanes, [&](int j) { return at.of(params + i * H, j); });
     }
     h = Cell::forward(z, h, c, param, mask, saved);
-    if constexpr (Cell::kStates == 2) store_pair(r.c_out + unit, q.c_out + unit_q, c, lanes);
-    store_pair(r.out + unit, q.out + unit_q, h, lanes);
-    if (r.saved) {
+    if constexpr (Cell::kStates == 2) {
+      store_each(c, lanes, [&](int j) { return at.of(at.row(j).c_out, j); });
+    }
+    store_each(h, lanes, [&](int j) { return at.of(at.row(j).out, j); });
+    if (at.first->saved) {
 #pragma GCC unroll 8
       for (int i = 0; i < Cell::kSaved; ++i) {
-        store_pair(r.saved + i * H + unit, q.saved + i * H + unit_q, saved[i], lanes);
+        store_each(saved[i], lanes, [&](int j) { return at.of(at.row(j).saved + i * H, j); });
       }
     }
   }
@@ -166,7 +168,7 @@ struct ForwardLoop {
                      nullptr,    nullptr,      ahead ? 0 : s.I, s.P,
                      0,          step % 2 == 1};
     // Tiles of even height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
-    const int64_t tiles = ceil_div(count, L::kRows);
+    const int64_t tiles = ceil_div(count, L::kRows), quads = ceil_div(count, kTogether);
     const int most = tiles == 1 ? L::groups(int(count)) : 1;
     const int64_t whole = (share.g1 - share.g0) / most;
     const int64_t pieces = whole + (share.g1 - share.g0) % most;
@@ -182,7 +184,7 @@ struct ForwardLoop {
       for (int64_t i = 0; i < count; ++i) task.start[i] = start + (ahead ? i * kRowOut : 0);
       int64_t b = 0;
       for (int64_t i = 0; i < tiles; ++i) {
-        const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
+        const int rows = int(min64(count, (quads * (i + 1)) / tiles * kTogether) - b);
         tile.start = task.start + b;
         tile.x = task.x + b;
         tile.h = task.h + b;
@@ -201,19 +203,25 @@ struct ForwardLoop {
     auto sums_of = [&](int m, int j) {
       return sums + ((j / L::kUnits) * rows + m) * kRowOut + (j % L::kUnits) * kLanes<T>;
     };
-    for (int j = 0; j < groups * L::kUnits; ++j) {
-      const int64_t unit = (g * L::kUnits + j) * kLanes<T>;
-      if (unit >= H) break;
-      if (rows == 1 && j + 1 < groups * L::kUnits && unit + 2 * kLanes<T> <= H) {
-        finish<Two<T>>(row[0], row[0], unit, kLanes<T>, params, sums_of(0, j), sums_of(0, j + 1));
-        ++j;
-        continue;
+    const int64_t unit = g * L::kUnits * kLanes<T>;
+    if (rows == 1) {
+      const int whole = int(min64(groups * L::kUnits, (H - unit) / kLanes<T>));
+      several_at_a_time(whole, [&](auto n, int j) {
+        const Together<ForwardRow<T>> at{row, unit + j * kLanes<T>, true};
+        finish<decltype(n)::value>(at, kLanes<T>, params, [&](int i) { return sums_of(0, j + i); });
+      });
+      if (whole < groups * L::kUnits && unit + whole * kLanes<T> < H) {
+        const Together<ForwardRow<T>> at{row, unit + whole * kLanes<T>, true};
+        finish<1>(at, int(H - at.unit), params, [&](int) { return sums_of(0, whole); });
       }
-      int m = 0;
-      for (; m + 1 < rows; m += 2) {
-        finish<Two<T>>(row[m], row[m + 1], unit, 0, params, sums_of(m, j), sums_of(m + 1, j));
-      }
-      if (m < rows) finish<Vec<T>>(row[m], row[m], unit, 0, params, sums_of(m, j), nullptr);
+      return;
+    }
+    for (int j = 0; j < groups * L::kUnits && unit + j * kLanes<T> < H; ++j) {
+      const int lanes = int(min64(kLanes<T>, H - unit - j * kLanes<T>));
+      several_at_a_time(rows, [&](auto n, int m) {
+        const Together<ForwardRow<T>> at{row + m, unit + j * kLanes<T>, false};
+        finish<decltype(n)::value>(at, lanes, params, [&](int i) { return sums_of(m + i, j); });
+      });
     }
   }
 

@@ -167,21 +167,40 @@ FASTSEQ_INLINE const T* fetch_soon(const T* panel, int64_t panel_size, int ahead
              : nullptr;
 }
 
-// A vector of units of one row (V a vector) or of two: V is Two, the second at q.
-template <class T>
-FASTSEQ_INLINE void load_pair(Vec<T>& v, const T* p, const T*, int lanes) {
-  v = load(p, lanes);
+// Vectors at at(0), at(1), ...
+template <class T, int N, class At>
+FASTSEQ_INLINE void load_each(Several<T, N>& v, int lanes, const At& at) {
+  v = Several<T, N>::each([&](int i) { return load(at(i), lanes); });
 }
-template <class T>
-FASTSEQ_INLINE void load_pair(Two<T>& v, const T* p, const T* q, int lanes) {
-  v = {load(p, lanes), load(q, lanes)};
+template <class T, int N, class At>
+FASTSEQ_INLINE void store_each(const Several<T, N>& v, int lanes, const At& at) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) store(at(i), v.part[i], lanes);
 }
-template <class T>
-FASTSEQ_INLINE void store_pair(T* p, T*, Vec<T> v, int lanes) {
-  store(p, v, lanes);
-}
-template <class T>
-FASTSEQ_INLINE void store_pair(T* p, T* q, Two<T> v, int lanes) {
-  store(p, v.a, lanes);
-  store(q, v.b, lanes);
+
+// Which vectors of units go through the cell together: those of one row after another, or of one
+// row those beside each other.
+template <class Row>
+struct Together {
+  const Row* first;
+  int64_t unit;
+  bool across;
+
+  FASTSEQ_INLINE const Row& row(int i) const { return across ? *first : first[i]; }
+  // Of `values`, [..][H] of that row.
+  template <class T>
+  FASTSEQ_INLINE T* of(T* values, int i) const {
+    return values + unit + (across ? i * kLanes<std::remove_const_t<T>> : 0);
+  }
+};
+
+// f(Const<n>, i): all i in [0, count), kTogether at a time while there are so many.
+template <class F>
+FASTSEQ_INLINE void several_at_a_time(int count, const F& f) {
+  int i = 0;
+  if constexpr (kTogether > 2) {
+    for (; i + kTogether <= count; i += kTogether) f(Const<kTogether>{}, i);
+  }
+  for (; i + 2 <= count; i += 2) f(Const<2>{}, i);
+  if (i < count) f(Const<1>{}, i);
 }
