@@ -2,6 +2,7 @@
 
 template <class Cell, class T>
 struct CellForwardRow {
+  static constexpr int kMany = kTogether;
   const T* from_x;  // sums of the input half, [G][H]
   const T* from_h;  // of the recurrent half, [G][H]
   const T* h_prev;
@@ -51,6 +52,7 @@ struct CellForwardRow {
 
 template <class Cell, class T>
 struct CellBackwardRow {
+  static constexpr int kMany = kTogetherBack;
   const T* saved;
   const T* h_prev;
   const T* c_prev;
@@ -95,18 +97,18 @@ struct CellBackwardRow {
 // The cells of `count` rows, several vectors at a time: of rows, or of one row.
 template <class T, class Row>
 void cell_rows(const Row* row, int64_t count, int64_t H, const T* bias) {
-  constexpr int64_t kMany = int64_t(kTogether) * kLanes<T>;
+  constexpr int kMany = Row::kMany;
   int64_t m = 0;
-  for (; m + kTogether <= count; m += kTogether) {
+  for (; m + kMany <= count; m += kMany) {
     for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
       const int lanes = int(min64(kLanes<T>, H - unit));
-      Row::template step<kTogether>({row + m, unit, false}, H, lanes, bias);
+      Row::template step<kMany>({row + m, unit, false}, H, lanes, bias);
     }
   }
   for (; m < count; ++m) {
     int64_t unit = 0;
-    for (; unit + kMany <= H; unit += kMany) {
-      Row::template step<kTogether>({row + m, unit, true}, H, kLanes<T>, bias);
+    for (; unit + kMany * kLanes<T> <= H; unit += kMany * kLanes<T>) {
+      Row::template step<kMany>({row + m, unit, true}, H, kLanes<T>, bias);
     }
     for (; unit < H; unit += kLanes<T>) {
       const int lanes = int(min64(kLanes<T>, H - unit));

@@ -199,12 +199,12 @@ struct BackwardLoop {
     };
     if (rows == 1) {
       const int whole = int(min64(vectors, (H - unit) / kLanes<T>));
-      several_at_a_time(whole, [&](auto n, int j) { finish_at(n, 0, j, true); });
+      several_at_a_time<kTogetherBack>(whole, [&](auto n, int j) { finish_at(n, 0, j, true); });
       if (whole < vectors) finish_at(Const<1>{}, 0, whole, true);
       return;
     }
     for (int j = 0; j < vectors; ++j) {
-      several_at_a_time(rows, [&](auto n, int m) { finish_at(n, m, j, false); });
+      several_at_a_time<kTogetherBack>(rows, [&](auto n, int m) { finish_at(n, m, j, false); });
     }
   }
 

@@ -206,7 +206,7 @@ struct ForwardLoop {
     const int64_t unit = g * L::kUnits * kLanes<T>;
     if (rows == 1) {
       const int whole = int(min64(groups * L::kUnits, (H - unit) / kLanes<T>));
-      several_at_a_time(whole, [&](auto n, int j) {
+      several_at_a_time<kTogether>(whole, [&](auto n, int j) {
         const Together<ForwardRow<T>> at{row, unit + j * kLanes<T>, true};
         finish<decltype(n)::value>(at, kLanes<T>, params, [&](int i) { return sums_of(0, j + i); });
       });
@@ -218,7 +218,7 @@ struct ForwardLoop {
     }
     for (int j = 0; j < groups * L::kUnits && unit + j * kLanes<T> < H; ++j) {
       const int lanes = int(min64(kLanes<T>, H - unit - j * kLanes<T>));
-      several_at_a_time(rows, [&](auto n, int m) {
+      several_at_a_time<kTogether>(rows, [&](auto n, int m) {
         const Together<ForwardRow<T>> at{row + m, unit + j * kLanes<T>, false};
         finish<decltype(n)::value>(at, lanes, params, [&](int i) { return sums_of(m + i, j); });
       });

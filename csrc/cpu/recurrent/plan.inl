@@ -194,13 +194,13 @@ struct Together {
   }
 };
 
-// f(Const<n>, i): all i in [0, count), kTogether at a time while there are so many.
-template <class F>
+// f(Const<n>, i): all i in [0, count), Most at a time while there are so many.
+template <int Most, class F>
 FASTSEQ_INLINE void several_at_a_time(int count, const F& f) {
   int i = 0;
-  if constexpr (kTogether > 2) {
-    for (; i + kTogether <= count; i += kTogether) f(Const<kTogether>{}, i);
+  for (; i + Most <= count; i += Most) f(Const<Most>{}, i);
+  if constexpr (Most > 2) {
+    for (; i + 2 <= count; i += 2) f(Const<2>{}, i);
   }
-  for (; i + 2 <= count; i += 2) f(Const<2>{}, i);
   if (i < count) f(Const<1>{}, i);
 }

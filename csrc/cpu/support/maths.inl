@@ -17,7 +17,7 @@ struct ExpConstants<float> {
   static constexpr double series[terms] = {0.4999999814962481, 0.16666543424313063,
                                            0.041667200710122934, 0.008366547127439186,
                                            0.0013882516560631468};
-  // e^x is nearly infinite above, and not yet subnormal at, these.
+  // e^x is nearly infinite above, and not yet subnormal at, these; 2^n is neither.
   static constexpr float max = 88.0f, min = -87.0f;
   // tanh rounds to 1 beyond. Below, n is too small for ln2_lo to change a bit.
   static constexpr float tanh_max = 10.0f;
@@ -33,7 +33,7 @@ struct ExpConstants<double> {
   static constexpr double series[terms] = {
       1.0 / 2,     1.0 / 6,      1.0 / 24,      1.0 / 120,      1.0 / 720,       1.0 / 5040,
       1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
-  static constexpr double max = 710.0, min = -708.0;
+  static constexpr double max = 709.0, min = -708.0;
   static constexpr double tanh_max = 20.0;
   static constexpr bool tanh_splits = true;
 };
@@ -76,8 +76,8 @@ struct Several {
     return each([&](int i) { return fma(x.part[i], y.part[i], z.part[i]); });
   }
 };
-// As many as registers hold, with the sums of their gates.
-constexpr int kTogether = FASTSEQ_VECTOR_BYTES == 64 ? 4 : 2;
+// As many as registers hold, with the sums of their gates; or with all that their gradients need.
+constexpr int kTogether = FASTSEQ_VECTOR_BYTES == 64 ? 4 : 2, kTogetherBack = 2;
 
 // e^(Scale x) = power * (1 + Scale * rest), for x clamped by the caller to [min, max] / Scale of
 // ExpConstants; NaN passes through `rest`. Scale is -2, -1, 1 or 2.
