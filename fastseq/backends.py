@@ -124,9 +124,6 @@ def torch_is_faster(
         # need in float32, conversions included.
         if dtype is torch.bfloat16 and (units := bfloat16_units()):
             return f"torch's LSTM is faster in bfloat16 on a CPU with {units[0]}"
-    # A step packs the weights anew: for few rows that costs more than the step.
-    if one_step and x.shape[0] <= 4 and x.shape[-1] > 64:
-        return "torch's cell is faster for so few rows"
     return None
 
 

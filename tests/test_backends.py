@@ -135,6 +135,12 @@ def test_only_the_bfloat16_lstm_layer_goes_to_torch(monkeypatch):
     assert fastseq.explain(nn.LSTMCell(4, 6, dtype=torch.bfloat16)).backend == "cpu"
 
 
+@native
+def test_a_cell_is_the_kernels_for_any_number_of_rows():
+    for B in (0, 1, 4, 300):
+        assert fastseq.explain(nn.GRUCell(128, 8), torch.zeros(B, 128)).backend == "cpu"
+
+
 def test_bfloat16_units_are_what_torch_finds(monkeypatch):
     for amx, avx512 in itertools.product([False, True], repeat=2):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has)

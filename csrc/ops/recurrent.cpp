@@ -34,6 +34,8 @@ struct Call {
 
   const RecurrentShape& shape() const { return steps.shape; }
   bool packed() const { return batch_sizes.has_value(); }
+  // A single step without a dimension for time, nor one for directions.
+  bool one_step() const { return !packed() && x.dim() == 2; }
   int64_t saved_row() const { return cell.saved_row(shape(), projected); }
   // Room in `saved`: a size that is known without a look at the lengths.
   int64_t saved_tokens() const { return lengths ? shape().T * shape().B : shape().tokens; }
@@ -109,8 +111,13 @@ void count_tokens(Call& c) {
 void find_steps(Call& c, int64_t directions) {
   const char* op = c.op;
   const bool packed = c.packed();
-  require(c.x.is_cpu() && c.x.dim() == (packed ? 2 : 3), "fastseq.", op, ": expected x of shape ",
-          packed ? "[N, I]" : "[T, B, I]", ", got ", c.x.dim(), " dimensions");
+  const bool one_step = c.one_step();
+  require(c.x.is_cpu() && c.x.dim() == (packed || one_step ? 2 : 3), "fastseq.", op,
+          ": expected x of shape ", packed ? "[N, I]" : "[T, B, I] or [B, I]", ", got ", c.x.dim(),
+          " dimensions");
+  require(!one_step || (directions == 1 && !c.lengths && !c.resets && c.masks.empty()), "fastseq.",
+          op,
+          ": expected nothing but states and weights of one direction beside x of shape [B, I]");
   require(c.x.scalar_type() == ScalarType::Float || c.x.scalar_type() == ScalarType::Double,
           "fastseq.", op, ": expected float32 or float64");
   if (packed) check_vector(op, "batch_sizes", *c.batch_sizes, ScalarType::Long, "int64", -1);
@@ -118,9 +125,9 @@ void find_steps(Call& c, int64_t directions) {
           ": expected h0 of shape [D, B, P] beside batch_sizes");
   require(!packed || !c.lengths, "fastseq.", op, ": expected batch_sizes or lengths, got both");
   RecurrentShape& s = c.steps.shape;
-  s.T = packed ? c.batch_sizes->size(0) : c.x.size(0);
-  s.B = packed ? c.h0->size(1) : c.x.size(1);
-  s.I = c.x.size(packed ? 1 : 2);
+  s.T = one_step ? 1 : packed ? c.batch_sizes->size(0) : c.x.size(0);
+  s.B = packed ? c.h0->size(1) : c.x.size(one_step ? 0 : 1);
+  s.I = c.x.size(c.x.dim() - 1);
   s.P = c.weight(0, 1)->size(1);
   s.H = c.projected ? c.weight(0, 5)->size(1) : s.P;
   s.D = directions;
@@ -153,6 +160,20 @@ void check_weights(Call& c) {
   for (Tensor& w : c.weights) {
     if (!w.is_contiguous()) w = as_contiguous(w);
   }
+}
+
+// A state or its gradient: [D, B, width], or of one step [B, width].
+void check_state(const Call& c, const char* name, const Tensor& t, int64_t width) {
+  const RecurrentShape& s = c.shape();
+  if (c.one_step()) {
+    check_tensor(c.op, name, t, c.x, {s.B, width});
+  } else {
+    check_tensor(c.op, name, t, c.x, {s.D, s.B, width});
+  }
+}
+Tensor empty_state(const Call& c, int64_t width) {
+  const RecurrentShape& s = c.shape();
+  return c.one_step() ? empty(c.x, {s.B, width}) : empty(c.x, {s.D, s.B, width});
 }
 
 Call make_call(const char* op, int64_t cell, Tensor x, OptionalTensor h0, OptionalTensor c0,
@@ -191,8 +212,8 @@ Call make_call(const char* op, int64_t cell, Tensor x, OptionalTensor h0, Option
   find_steps(c, directions);
   check_weights(c);
   const RecurrentShape& s = c.shape();
-  if (c.h0) check_tensor(op, "h0", *c.h0, c.x, {s.D, s.B, s.P});
-  if (c.c0) check_tensor(op, "c0", *c.c0, c.x, {s.D, s.B, s.H});
+  if (c.h0) check_state(c, "h0", *c.h0, s.P);
+  if (c.c0) check_state(c, "c0", *c.c0, s.H);
   require(!c.c0 || c.cell.states == 2, "fastseq.", op, ": expected no c0 for a ", c.cell.name);
   c.x = with_contiguous_rows(c.x);
   if (c.h0) c.h0 = as_contiguous(*c.h0);
@@ -219,10 +240,11 @@ Call make_call(const char* op, int64_t cell, Tensor x, OptionalTensor h0, Option
   return c;
 }
 
-// [T, B, n] with any strides but the last, or packed [N, n].
+// [T, B, n] with any strides but the last, packed [N, n], or of one step [B, n].
 template <class T>
 TokenRows<const T> token_rows(const Call& c, const Tensor& t) {
   if (c.packed()) return {read<T>(t), TokenRows<const T>::kPacked, t.stride(0)};
+  if (c.one_step()) return {read<T>(t), 0, t.stride(0)};
   return {read<T>(t), t.stride(0), t.stride(1)};
 }
 template <class T>
@@ -278,9 +300,11 @@ Tensors recurrent_fwd(int64_t cell, Tensor x, OptionalTensor h0, OptionalTensor 
   const RecurrentShape& s = c.shape();
   Tensors out;
   out.reserve(4);
-  out.push_back(c.packed() ? empty(c.x, {s.tokens, s.D * s.P}) : empty(c.x, {s.T, s.B, s.D * s.P}));
-  out.push_back(empty(c.x, {s.D, s.B, s.P}));
-  if (c.cell.states == 2) out.push_back(empty(c.x, {s.D, s.B, s.H}));
+  const size_t states_at = c.one_step() ? 0 : 1;
+  if (c.packed()) out.push_back(empty(c.x, {s.tokens, s.D * s.P}));
+  if (!c.packed() && !c.one_step()) out.push_back(empty(c.x, {s.T, s.B, s.D * s.P}));
+  out.push_back(empty_state(c, s.P));
+  if (c.cell.states == 2) out.push_back(empty_state(c, s.H));
   if (save) out.push_back(empty(c.x, {s.D, c.saved_tokens(), c.saved_row()}));
   by_dtype(c.x, [&](auto zero) {
     using T = decltype(zero);
@@ -288,8 +312,8 @@ Tensors recurrent_fwd(int64_t cell, Tensor x, OptionalTensor h0, OptionalTensor 
     fill_inputs(c, a);
     clear_padding<T>(c, out[0]);
     a.y = writable_rows<T>(c, out[0]);
-    a.h_n = write<T>(out[1]);
-    a.c_n = c.cell.states == 2 ? write<T>(out[2]) : nullptr;
+    a.h_n = write<T>(out[states_at]);
+    a.c_n = c.cell.states == 2 ? write<T>(out[states_at + 1]) : nullptr;
     a.saved = save ? write<T>(out.back()) : nullptr;
     kernels().recurrent.of<T>()[cell].forward(a, torch_threads());
   });
@@ -309,8 +333,9 @@ Tensors recurrent_bwd(int64_t cell, OptionalTensor dy, OptionalTensor dh_n, Opti
   check_tensor(op, "saved", saved, c.x, {s.D, c.saved_tokens(), c.saved_row()});
   if (dy && c.packed()) check_tensor(op, "dy", *dy, c.x, {s.tokens, s.D * s.P});
   if (dy && !c.packed()) check_tensor(op, "dy", *dy, c.x, {s.T, s.B, s.D * s.P});
-  if (dh_n) check_tensor(op, "dh_n", *dh_n, c.x, {s.D, s.B, s.P});
-  if (dc_n) check_tensor(op, "dc_n", *dc_n, c.x, {s.D, s.B, s.H});
+  require(!dy || !c.one_step(), "fastseq.", op, ": expected no dy beside x of shape [B, I]");
+  if (dh_n) check_state(c, "dh_n", *dh_n, s.P);
+  if (dc_n) check_state(c, "dc_n", *dc_n, s.H);
   saved = as_contiguous(saved);
   if (dy) dy = with_contiguous_rows(*dy);
   if (dh_n) dh_n = as_contiguous(*dh_n);
@@ -318,13 +343,15 @@ Tensors recurrent_bwd(int64_t cell, OptionalTensor dy, OptionalTensor dh_n, Opti
 
   Tensors out;
   out.reserve(2 + size_t(need_dx) + c.weights.size());
-  if (need_dx)
-    out.push_back(c.packed() ? empty(c.x, {s.tokens, s.I}) : empty(c.x, {s.T, s.B, s.I}));
+  if (need_dx) {
+    const bool rows = c.packed() || c.one_step();
+    out.push_back(rows ? empty(c.x, {s.tokens, s.I}) : empty(c.x, {s.T, s.B, s.I}));
+  }
   const size_t dh0_at = out.size();
-  if (need_dh0) out.push_back(empty(c.x, {s.D, s.B, s.P}));
+  if (need_dh0) out.push_back(empty_state(c, s.P));
   // Of use to the loop even where nobody wants it.
   OptionalTensor dc0;
-  if (c.cell.states == 2) dc0 = empty(c.x, {s.D, s.B, s.H});
+  if (c.cell.states == 2) dc0 = empty_state(c, s.H);
   if (need_dh0 && dc0) out.push_back(*dc0);
   const size_t weights_at = out.size();
   const int64_t gates = c.cell.gates * s.H;

@@ -10,6 +10,7 @@ from fastseq.functional._checks import Options
 from fastseq.functional.rnn import stack
 from fastseq.nn._scripting import torchs_twin
 from fastseq.nn.rnn import name_forward
+from fastseq.ops import recurrent as _op
 from fastseq.reference.rnn import CELLS
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -40,20 +41,37 @@ class _FastCell:
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
         if weights is None or not self._serves(input, states):
             return super().forward(input, hx)
+        cell = self.cell_name
+        obstacle = backends.recurrent_obstacle(cell, input, weights)
+        as_it_is = obstacle is None and _op.takes_step(input)
+        if not as_it_is:
+            obstacle = obstacle or backends.torch_is_faster(cell, input, one_step=True)
+        if obstacle and not backends.transform_obstacle():
+            return super().forward(input, hx)
+        batched = input.dim() == 2
+        if as_it_is:
+            x = input
+            if not batched:
+                x, states = x.unsqueeze(0), [s.unsqueeze(0) for s in states]
+            h, c = (*states, None, None)[:2]
+            after = _op.run(_op.step_settings(cell, len(weights) == 4), x, h, c, weights)
+            if not batched:
+                after = [s.squeeze(0) for s in after]
+        else:
+            after = self._by_stack(input, states, weights, kernel=obstacle is None)
+        return after[0] if len(after) == 1 else tuple(after)
+
+    def _by_stack(self, input, states, weights, kernel):
+        """The step as a layer of one step, by the kernel or by the reference."""
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
-        obstacle = backends.recurrent_obstacle(self.cell_name, input, weights)
-        left = obstacle or backends.torch_is_faster(self.cell_name, x[0], one_step=True)
-        if left and not backends.transform_obstacle():
-            return super().forward(input, hx)
         leading = (1,) if batched else (1, 1)
         initial = [s.expand(*leading, *s.shape) for s in states] or None
         options = Options(len(weights) == 4)
-        _, *after = stack(self.cell_name, x, initial, weights, options, kernel=not left)
+        _, *after = stack(self.cell_name, x, initial, weights, options, kernel=kernel)
         if torch.is_autocast_enabled("cpu") and CELLS[self.cell_name].gates > 1:
             after = [s.to(input.dtype) for s in after]
-        after = [s[0] if batched else s[0, 0] for s in after]
-        return after[0] if len(after) == 1 else tuple(after)
+        return [s[0] if batched else s[0, 0] for s in after]
 
     def __prepare_scriptable__(self) -> torch.nn.RNNCellBase:
         return torchs_twin(self)
@@ -62,8 +80,16 @@ class _FastCell:
     """Of the cell, a key of fastseq.reference.rnn.CELLS."""
 
     def _weights_now(self) -> list[Tensor] | None:
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        weights = [w for name in names if (w := getattr(self, name, None)) is not None]
+        params = self._parameters
+        try:
+            found = (
+                params["weight_ih"], params["weight_hh"], params["bias_ih"], params["bias_hh"]
+            )  # fmt: skip
+        except KeyError:
+            # Weight norm, pruning and parametrizations put plain attributes in their place.
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            found = [getattr(self, name, None) for name in names]
+        weights = [w for w in found if w is not None]
         return weights if len(weights) in (2, 4) else None
 
     def _serves(self, x, states) -> bool:
@@ -72,14 +98,13 @@ class _FastCell:
             return False
         if states and len(states) != CELLS[self.cell_name].states:
             return False
-        shape = (*x.shape[:-1], self.hidden_size)
-        return all(
-            isinstance(s, Tensor)
-            and s.shape == shape
-            and s.dtype is x.dtype
-            and s.device == x.device
-            for s in states
-        )
+        shape, dtype, device = (*x.shape[:-1], self.hidden_size), x.dtype, x.device
+        for s in states:
+            if not isinstance(s, Tensor) or s.shape != shape:
+                return False
+            if s.dtype is not dtype or s.device != device:
+                return False
+        return True
 
 
 class LSTMCell(_FastCell, torch.nn.LSTMCell):

@@ -12,10 +12,14 @@ parameters as one matrix [.., H], w_hr [P, H] where h is projected; gate blocks 
 Forward returns [y, h_n, c_n (cells with two states), saved (with ``save``)]; backward returns
 [dx (need_dx), dh0, dc0 (need_dh0; cells with two states), then for each direction the gradients of
 its weights, biases where need_db, all others where need_dw].
+
+A single step of one direction, without lengths, resets and masks, may come as x [B, I], h0 [B, P]
+and c0 [B, H]: then states and gradients have these shapes, and there is no y.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -27,7 +31,15 @@ from fastseq.ops import recurrent_cuda, recurrent_direct
 from fastseq.reference.rnn import CELLS as _CELLS
 from fastseq.reference.rnn import layer
 
-__all__ = ["CELLS", "Settings", "recurrent_bwd", "recurrent_fwd", "run"]
+__all__ = [
+    "CELLS",
+    "Settings",
+    "recurrent_bwd",
+    "recurrent_fwd",
+    "run",
+    "step_settings",
+    "takes_step",
+]
 
 CELLS = _native.cells() if _native.loaded() else {}
 _BY_NUMBER = {cell.number: cell for cell in CELLS.values()}
@@ -48,12 +60,28 @@ class Settings(NamedTuple):
 
 
 def run(settings: Settings, x, h0, c0, weights) -> list[Tensor]:
-    """y, h_n and, of cells with two states, c_n; differentiable. Straight to the kernel: what
-    :func:`recurrent_fwd` does less the dispatcher's way to autograd, which costs as much as a small
-    layer."""
+    """y (unless x is [B, I]), h_n and, of cells with two states, c_n; differentiable. Straight to
+    the kernel: what :func:`recurrent_fwd` does less the dispatcher's way to autograd, which costs
+    as much as a small layer."""
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, *weights):
         return _apply(settings, x, h0, c0, *weights)
     return _run_forward(settings, x, h0, c0, weights, save=False)
+
+
+def takes_step(x: Tensor) -> bool:
+    """Whether :func:`run` can be called with x [B, I] and states as they are."""
+    return (
+        (x.dtype is torch.float32 or x.dtype is torch.float64)
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+@functools.cache
+def step_settings(cell: str, has_biases: bool) -> Settings:
+    """Of a single step of the cell of that name."""
+    return Settings(CELLS[cell].number, has_biases, 1)
 
 
 def _run_forward(settings, x, h0, c0, weights, save):
@@ -81,17 +109,19 @@ def _fwd_fake(
 ):
     kind, D = _BY_NUMBER[cell], directions
     P, H = weights[1].shape[1], weights[0].shape[0] // kind.gates
-    B = x.shape[1] if batch_sizes is None else h0.shape[1]
-    tokens = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
-    out = [x.new_empty(*x.shape[:-1], D * P), x.new_empty(D, B, P)]
+    step = _is_step(x, batch_sizes)
+    rows = _state_rows(x, h0, D, batch_sizes)
+    tokens = x.shape[0] if step or batch_sizes is not None else x.shape[0] * x.shape[1]
+    out = [] if step else [x.new_empty(*x.shape[:-1], D * P)]
+    out.append(x.new_empty(*rows, P))
     if kind.states == 2:
-        out.append(x.new_empty(D, B, H))
+        out.append(x.new_empty(*rows, H))
     if save:
         projected = len(weights) // D == 3 + 2 * has_biases + bool(kind.params)
         more = 0 if not projected else H if x.is_cuda else P
         if projected and x.is_cuda and recurrent_cuda.projects_among_steps(kind):
             more += P
-            tokens = (x.shape[0] if batch_sizes is None else batch_sizes.shape[0]) * B
+            tokens = (x.shape[0] if batch_sizes is None else batch_sizes.shape[0]) * rows[-1]
         out.append(x.new_empty(D, tokens, kind.saved * H + more))
     return out
 
@@ -119,16 +149,27 @@ def _bwd_fake(
 ):
     kind, D = _BY_NUMBER[cell], directions
     P, H = weights[1].shape[1], weights[0].shape[0] // kind.gates
-    B = x.shape[1] if batch_sizes is None else h0.shape[1]
+    rows = _state_rows(x, h0, D, batch_sizes)
     out = [x.new_empty(x.shape)] if need_dx else []
     if need_dh0:
-        out.append(x.new_empty(D, B, P))
+        out.append(x.new_empty(*rows, P))
         if kind.states == 2:
-            out.append(x.new_empty(D, B, H))
+            out.append(x.new_empty(*rows, H))
     for i, weight in enumerate(weights):
         if need_db if _is_bias(i, len(weights) // D, has_biases) else need_dw:
             out.append(x.new_empty(weight.shape))
     return out
+
+
+def _is_step(x, batch_sizes) -> bool:
+    return batch_sizes is None and x.dim() == 2
+
+
+def _state_rows(x, h0, directions, batch_sizes) -> tuple[int, ...]:
+    """The shape of a state but for its width."""
+    if _is_step(x, batch_sizes):
+        return (x.shape[0],)
+    return directions, x.shape[1] if batch_sizes is None else h0.shape[1]
 
 
 def _is_bias(i: int, per_direction: int, has_biases: bool) -> bool:
@@ -149,9 +190,11 @@ class _Recurrent(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n=None):
+    def backward(ctx, dy, dh_n=None, dc_n=None):
         settings = ctx.settings
         saved, x, h0, c0, *weights = ctx.saved_tensors
+        if _is_step(x, settings.batch_sizes):
+            dy, dh_n, dc_n = None, dy, dh_n
         _, need_dx, need_h0, need_c0, *need = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * (4 + len(weights))
@@ -218,6 +261,11 @@ def _backward_twice(ctx, inputs, cotangents):
     # Views of their own: gradients must stop at this call's inputs, which may share a past.
     inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
     x, h0, c0, *weights = inputs
+    step = _is_step(x, settings.batch_sizes)
+    if step:
+        x, h0, c0, *cotangents = (
+            t if t is None else t.unsqueeze(0) for t in (x, h0, c0, *cotangents)
+        )
     kind, D = _BY_NUMBER[settings.cell], settings.directions
     P, H = weights[1].shape[1], weights[0].shape[0] // kind.gates
     rows = x.shape[1] if settings.batch_sizes is None else h0.shape[1]

@@ -18,7 +18,8 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
                              {},
                              nullptr,
                              nullptr,
-                             nullptr};
+                             nullptr,
+                             false};
   const PanelProduct<T> by_hh{gates, s.P, nullptr}, by_hr{s.P, s.H, nullptr};
   const int64_t panels = by_hh.panels(), hr_panels = projected ? by_hr.panels() : 0;
   constexpr bool kByRow = cell::kNormalised<Cell>;

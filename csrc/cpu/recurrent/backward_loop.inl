@@ -43,6 +43,7 @@ struct BackwardLoop {
   T* over_time;  // of a normalised cell: [D, B][kOverTime][H] by sequence, or null
   T* carry;      // [D, B, P] or null
   const T* zero;
+  bool defers_dh0;  // whether dL/dh0 by W_hh is left to the deferred products (one_step.inl)
 
   Walk walk(int d) const { return {a.shape, d == 1}; }
   bool projected() const { return a.weights[0].w_hr != nullptr; }

@@ -1,7 +1,7 @@
 // Gradients of weights, biases and inputs, from the gradients of the sums of all tokens.
 
 inline int64_t deferred_pointers(const RecurrentShape& s, int64_t gates) {
-  return s.tokens * (2 + s.D) + 3 * s.D * gates;
+  return s.tokens * (2 + 2 * s.D) + 3 * s.D * gates;
 }
 
 template <class Cell, class T>
@@ -17,6 +17,7 @@ struct Deferred {
   const T** w_rows[2];  // [G*H]: rows of W_ih in the order of the gradient row's blocks
   T** dw_rows[2];       // the same of dL/dW_ih
   T** dw_hh_rows[2];    // [G*H]
+  T** dh0_rows[2];      // [tokens], where the loop leaves dL/dh0 to these products
 
   Deferred(const BackwardLoop<Cell, T>& loop, const T** memory) : loop(loop), s(loop.a.shape) {
     const RecurrentBackward<T>& a = loop.a;
@@ -32,6 +33,7 @@ struct Deferred {
       w_rows[d] = take(kGates * s.H);
       dw_rows[d] = const_cast<T**>(take(kGates * s.H));
       dw_hh_rows[d] = const_cast<T**>(take(kGates * s.H));
+      dh0_rows[d] = const_cast<T**>(take(s.tokens));
       for (int64_t i = 0; i < kGates * s.H; ++i) {
         const int64_t row = Row::gate(int(i / s.H)) * s.H + i % s.H;
         w_rows[d][i] = a.weights[d].w_ih + row * s.I;
@@ -46,6 +48,9 @@ struct Deferred {
         x_rows[token] = a.x.at(s, t, b);
         if (a.dx.base) dx_rows[token] = a.dx.at(s, t, b);
         for (int d = 0; d < s.D && a.dw_hh[0]; ++d) h_rows[d][token] = loop.h_before(d, t, b);
+        for (int d = 0; d < s.D && loop.defers_dh0; ++d) {
+          dh0_rows[d][token] = a.dh0 + (d * s.B + s.sequence(b)) * s.P;
+        }
       }
     }
   }
@@ -79,10 +84,13 @@ struct Deferred {
     g.c = loop.a.dw_hr[d];
     return g;
   }
+  // Over all gates: of no more than a few chains, shorter ones.
+  static int64_t chain_over_gates(int64_t K) { return K <= 4 * kChain ? kChain / 2 : kChain; }
   Gemm<T> to_x(int d) const {
     Gemm<T> g{};
     g.M = s.tokens;
     g.K = kGates * s.H;
+    g.chain = chain_over_gates(g.K);
     g.N = s.I;
     g.a = loop.dsums[d];
     g.a_m = loop.dsums_row;
@@ -90,6 +98,21 @@ struct Deferred {
     g.b_rows = w_rows[d];
     g.c_rows = dx_rows;
     g.accumulate = d == 1;
+    return g;
+  }
+  // To what dL/dh0 holds of other paths.
+  Gemm<T> to_h0(int d) const {
+    Gemm<T> g{};
+    g.M = s.tokens;
+    g.K = kGates * s.H;
+    g.chain = chain_over_gates(g.K);
+    g.N = g.ldb = s.P;
+    g.a = loop.dsums[d] + Row::kRecurrent * s.H;
+    g.a_m = loop.dsums_row;
+    g.a_k = 1;
+    g.b = loop.a.weights[d].w_hh;
+    g.c_rows = dh0_rows[d];
+    g.accumulate = true;
     return g;
   }
   static Gemm<T> over_tokens(const T* a, int64_t row, int64_t M, int64_t K) {
@@ -157,12 +180,13 @@ void recurrent_deferred(const BackwardLoop<Cell, T>& loop, const T** memory,
   const RecurrentBackward<T>& a = loop.a;
   const RecurrentShape& s = a.shape;
   const Deferred<Cell, T> deferred(loop, memory);
-  Gemm<T> products[8];
+  Gemm<T> products[10];
   int count = 0;
   for (int d = 0; d < s.D; ++d) {
     if (a.dw_hh[d]) products[count++] = deferred.by_x(d);
     if (a.dw_hh[d] && !deferred.joined()) products[count++] = deferred.by_h(d);
     if (a.dw_hr[d]) products[count++] = deferred.by_unprojected(d);
+    if (loop.defers_dh0) products[count++] = deferred.to_h0(d);
   }
   const int alone = count;
   for (int d = 0; d < s.D && a.dx.base; ++d) products[count++] = deferred.to_x(d);
@@ -170,6 +194,7 @@ void recurrent_deferred(const BackwardLoop<Cell, T>& loop, const T** memory,
   int64_t work = 0, a_size = 0, b_size = 0;
   for (int i = 0; i < count; ++i) {
     work += products[i].M * products[i].N * products[i].K;
+    if (in_place(products[i]) || is_outer(products[i])) continue;
     a_size = max64(a_size, GemmBlocks<T>::a_size(products[i]));
     b_size = max64(b_size, GemmBlocks<T>::b_size(products[i]));
   }
@@ -195,7 +220,7 @@ void recurrent_deferred(const BackwardLoop<Cell, T>& loop, const T** memory,
               const int64_t part = task % parts;
               const int first = int(task / parts), last = first < alone ? first + 1 : count;
               for (int i = first; i < last; ++i)
-                gemm_part(products[i], part, parts, blocks[worker]);
+                multiply_part(products[i], part, parts, blocks[worker]);
               for (int d = 0; d < s.D && first == alone; ++d) deferred.sums(d, part, parts);
             });
 }

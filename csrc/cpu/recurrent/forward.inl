@@ -256,7 +256,9 @@ void final_states(const RecurrentForward<T>& a, const T* zero) {
       const bool cut = walk.cut_at_end(a.resets, b);
       const T* initial = a.h0 ? a.h0 + state * s.P : zero;
       const T* from = cut ? zero : last >= 0 ? a.y.at(s, last, b) + d * s.P : initial;
-      for (int64_t u = 0; u < s.P; ++u) a.h_n[state * s.P + u] = from[u];
+      for (int64_t u = 0; u < s.P && from != a.h_n + state * s.P; ++u) {
+        a.h_n[state * s.P + u] = from[u];
+      }
       for (int64_t u = 0; u < s.H && cut && a.c_n; ++u) a.c_n[state * s.H + u] = 0;
     }
   }

@@ -9,6 +9,8 @@ namespace {
 
 #include "../gemm/gemm.inl"
 
+#include "../gemm/in_place.inl"
+
 #include "plan.inl"
 
 #include "pack.inl"
@@ -16,6 +18,8 @@ namespace {
 #include "tile.inl"
 
 #include "forward.inl"
+
+#include "one_step.inl"
 
 #include "gradient_row.inl"
 
@@ -29,16 +33,28 @@ namespace {
 
 #include "backward.inl"
 
+#include "one_step_backward.inl"
+
 template <class Cell, class T>
 void forward(const RecurrentForward<T>& a, const Threads& threads) {
   if constexpr (cell::kNormalised<Cell>) {
     normalised_forward<Cell>(a, threads);
+  } else if (in_place(a.shape, a.weights[0].w_hr)) {
+    one_step_forward<Cell>(a, threads);
   } else {
     recurrent_forward<Cell>(a, threads);
   }
 }
 
-#define FASTSEQ_ENTRY(name, Cell) {forward<Cell, T>, recurrent_backward<Cell, T>},
+template <class Cell, class T>
+void backward(const RecurrentBackward<T>& a, const Threads& threads) {
+  if constexpr (!cell::kNormalised<Cell>) {
+    if (in_place(a.shape, a.weights[0].w_hr)) return one_step_backward<Cell>(a, threads);
+  }
+  recurrent_backward<Cell>(a, threads);
+}
+
+#define FASTSEQ_ENTRY(name, Cell) {forward<Cell, T>, backward<Cell, T>},
 template <class T>
 const RecurrentFunctions<T> kRecurrent[] = {FASTSEQ_ALL_CELLS(FASTSEQ_ENTRY)};
 #undef FASTSEQ_ENTRY

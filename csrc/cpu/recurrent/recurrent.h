@@ -67,7 +67,7 @@ struct RecurrentInputs {
 
 template <class T>
 struct RecurrentForward : RecurrentInputs<T> {
-  TokenRows<T> y;  // D * P wide, direction d in columns [d * P, d * P + P)
+  TokenRows<T> y;  // D * P wide, direction d in columns [d * P, d * P + P); of one step, h_n itself
   T* h_n;          // [D, B, P]
   T* c_n;          // [D, B, H] or null: no such state
   T* saved;        // [D, tokens, saved_row] for the backward pass, or null
