@@ -49,13 +49,14 @@ class _Layer:
         self.saved = kind.saved * H + (P if projected else 0)
         numbers = (kind.number, x.dtype is torch.float64, x.shape[-1], H, P, D)
         self.packed = struct.pack("8q", *numbers, settings.has_biases, projected)
-        # A layer's rows are as many as they are, and x has any strides.
-        sizes = [[None, None, x.shape[-1]]]
-        strides = [[None, None, 1]]
+        self.one_step = x.dim() == 2
+        # Steps and rows are as many as they are, and x has any strides.
+        sizes = [[*[None] * (x.dim() - 1), x.shape[-1]]]
+        strides = [[*[None] * (x.dim() - 1), 1]]
         for state, width in zip((h0, c0), self.widths, strict=True):
             if state is not None:
-                sizes.append([D, None, width])
-                strides.append([None, width, 1])
+                sizes.append([None, width] if self.one_step else [D, None, width])
+                strides.append([*[None] * (x.dim() - 1), 1])
         sizes += [list(w.shape) for w in weights]
         strides += [list(w.stride()) for w in weights]
         self.guards = TensorGuards(
@@ -96,6 +97,7 @@ def _find(kinds, settings, x, h0, c0, weights) -> _Layer | None:
         settings[:3],
         id(weights[0]),
         len(weights),
+        x.dim(),
         x.requires_grad,
         h0 is None or h0.requires_grad,
         c0 is None or c0.requires_grad,
@@ -113,9 +115,9 @@ def _find(kinds, settings, x, h0, c0, weights) -> _Layer | None:
         layer = _layers[key] = _Layer(kinds[settings.cell], settings, tensors)
         if not layer.guards.check(*present):
             return None
-    B = x.shape[1]
+    B = x.shape[-2]
     for state in (h0, c0):
-        if state is not None and (state.shape[1] != B or not state.is_contiguous()):
+        if state is not None and (state.shape[-2] != B or not state.is_contiguous()):
             return None
     return layer if x.numel() else None
 
@@ -123,7 +125,10 @@ def _find(kinds, settings, x, h0, c0, weights) -> _Layer | None:
 def _fit(kind, settings, tensors) -> bool:
     """Whether the kernel may read these tensors as they stand."""
     x, h0, c0, *weights = tensors
-    if TensorGuards is None or x.dim() != 3 or (c0 is not None and kind.states == 1):
+    one_step = x.dim() == 2 and settings.directions == 1
+    if TensorGuards is None or not (x.dim() == 3 or one_step):
+        return False
+    if c0 is not None and kind.states == 1:
         return False
     for t in tensors:
         if t is None:
@@ -138,21 +143,19 @@ def _fit(kind, settings, tensors) -> bool:
     if per * D != len(weights) or per not in (least, least + 1) or weights[1].dim() != 2:
         return False
     P, H = weights[1].shape[1], weights[0].shape[0] // kind.gates
-    shapes = [(kind.gates * H, x.shape[2]), (kind.gates * H, P)]
+    shapes = [(kind.gates * H, x.shape[-1]), (kind.gates * H, P)]
     shapes += [(kind.gates * H,)] * (2 * settings.has_biases)
     shapes += [(kind.params, H)] * bool(kind.params)
     shapes += [(P, H)] * (per == least + 1)
     if per == least and P != H or per > least and kind.states != 2:
         return False
-    if x.stride(2) != 1 or not all(
+    if x.stride(-1) != 1 or not all(
         w.is_contiguous() and w.shape == shape for w, shape in zip(weights, shapes * D, strict=True)
     ):
         return False
+    rows = x.shape[:1] if one_step else (D, x.shape[1])
     states = zip((h0, c0), (P, H), strict=True)
-    return all(
-        state is None or (state.dim() == 3 and state.shape == (D, x.shape[1], width))
-        for state, width in states
-    )
+    return all(state is None or state.shape == (*rows, width) for state, width in states)
 
 
 def _wrapped(t: Tensor) -> bool:
@@ -175,22 +178,31 @@ def forward(kinds, settings, x, h0, c0, weights, save: bool) -> list[Tensor] | N
     layer = _find(kinds, settings, x, h0, c0, weights)
     if layer is None:
         return None
-    T, B, _ = x.shape
+    T, B, step, row, rows = _extents(layer, x)
     D, (P, H), new = layer.directions, layer.widths, x.new_empty
-    out = [new((T, B, D * P)), new((D, B, P))]
+    # Of one step h_n is all of y.
+    out = [] if layer.one_step else [new((T, B, D * P))]
+    out.append(h_n := new((*rows, P)))
+    c_n = saved = None
     if layer.kind.states == 2:
-        out.append(new((D, B, H)))
+        out.append(c_n := new((*rows, H)))
     if save:
-        out.append(new((D, T * B, layer.saved)))
-    step, row, _ = x.stride()
+        out.append(saved := new((D, T * B, layer.saved)))
     layer.forward(
         layer.packed, T, B, step, row, x.data_ptr(), _address(h0), _address(c0),
         *[w.data_ptr() for w in weights],
-        out[0].data_ptr(), out[1].data_ptr(),
-        out[2].data_ptr() if layer.kind.states == 2 else 0,
-        out[-1].data_ptr() if save else 0,
+        out[0].data_ptr(), h_n.data_ptr(), _address(c_n), _address(saved),
     )  # fmt: skip
     return out
+
+
+def _extents(layer: _Layer, x: Tensor) -> tuple[int, int, int, int, tuple[int, ...]]:
+    """T, B, the strides of steps and rows of x, the shape of a state but for its width."""
+    if layer.one_step:
+        B = x.shape[0]
+        return 1, B, 0, x.stride(0), (B,)
+    (T, B, _), (step, row, _) = x.shape, x.stride()
+    return T, B, step, row, (layer.directions, B)
 
 
 def backward(
@@ -200,10 +212,10 @@ def backward(
     layer = _find(kinds, settings, x, h0, c0, weights)
     if layer is None:
         return None
-    T, B, _ = x.shape
+    T, B, step, row, rows = _extents(layer, x)
     D, (P, H), new = layer.directions, layer.widths, x.new_empty
     # Hooks may have put anything in the place of what was saved, and of gradients.
-    shapes = ((D, T * B, layer.saved), (T, B, D * P), (D, B, P), (D, B, H))
+    shapes = ((D, T * B, layer.saved), (T, B, D * P), (*rows, P), (*rows, H))
     for t, shape in zip((saved, dy, dh_n, dc_n), shapes, strict=True):
         if t is not None and not (
             type(t) is Tensor
@@ -215,20 +227,19 @@ def backward(
             and not _wrapped(t)
         ):
             return None
-    out = [new((T, B, x.shape[2]))] if need_dx else []
+    out = [new(x.shape)] if need_dx else []
     dh0 = dc0 = None
     if need_dh0:
-        out.append(dh0 := new((D, B, P)))
+        out.append(dh0 := new((*rows, P)))
     if layer.kind.states == 2:
         # Of use to the loop even where nobody wants it.
-        dc0 = new((D, B, H))
+        dc0 = new((*rows, H))
         if need_dh0:
             out.append(dc0)
     gradients = [
         new(w.shape) if (need_db if bias else need_dw) else None
         for w, bias in zip(weights, layer.biases, strict=True)
     ]
-    step, row, _ = x.stride()
     dy_step, dy_row = (0, 0) if dy is None else dy.stride()[:2]
     layer.backward(
         layer.packed, T, B, step, row, x.data_ptr(), _address(h0), _address(c0),
