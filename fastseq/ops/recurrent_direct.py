@@ -216,17 +216,16 @@ def backward(
     D, (P, H), new = layer.directions, layer.widths, x.new_empty
     # Hooks may have put anything in the place of what was saved, and of gradients.
     shapes = ((D, T * B, layer.saved), (T, B, D * P), (*rows, P), (*rows, H))
-    for t, shape in zip((saved, dy, dh_n, dc_n), shapes, strict=True):
-        if t is not None and not (
-            type(t) is Tensor
-            and t.shape == shape
-            and t.dtype is x.dtype
-            and t.is_cpu
-            and t.layout is torch.strided
-            and (t.stride(2) == 1 if t is dy else t.is_contiguous())
-            and not _wrapped(t)
-        ):
+    given = [saved, dy, dh_n, dc_n]
+    for i, t in enumerate(given):
+        if t is None:
+            continue
+        plain = type(t) is Tensor and t.is_cpu and t.layout is torch.strided and not _wrapped(t)
+        if not plain or t.shape != shapes[i] or t.dtype is not x.dtype or t.is_neg():
             return None
+        if not (t.stride(2) == 1 if i == 1 else t.is_contiguous()):
+            given[i] = t.contiguous()
+    saved, dy, dh_n, dc_n = given
     out = [new(x.shape)] if need_dx else []
     dh0 = dc0 = None
     if need_dh0:

@@ -77,6 +77,31 @@ def test_a_projection_and_rows_of_any_number_and_stride(ways, monkeypatch):
         assert torch.equal(layer(x)[0], y)
 
 
+@pytest.mark.parametrize("sizes", [(1, 70, 40), (5, 3, 9)], ids=str)
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_single_steps(kind, sizes, ways, monkeypatch):
+    B, I, H = sizes  # noqa: E741
+    cell = getattr(nn, kind)(I, H)
+    x = torch.randn(B, 2 * I)[:, :I].requires_grad_()
+    hx = [torch.randn(B, H, requires_grad=True) for _ in range(2)]
+    hx = tuple(hx) if kind == "LSTMCell" else hx[0]
+
+    def run():
+        after = cell(x, hx)
+        after = after[0] + 2 * after[1] if isinstance(after, tuple) else after
+        states = hx if isinstance(hx, tuple) else (hx,)
+        return after, *torch.autograd.grad(after.sum(), (x, *states, *cell.parameters()))
+
+    found = run()
+    without = cell(x)
+    assert set(ways) == {"forward past", "backward past"}
+    through_the_dispatcher(monkeypatch)
+    assert all(map(torch.equal, found, run()))
+    assert all(
+        map(torch.equal, *([*t] if isinstance(t, tuple) else [t] for t in (without, cell(x))))
+    )
+
+
 def test_without_gradients_and_in_inference_mode(ways):
     layer, x = nn.GRU(3, 5), torch.randn(4, 2, 3)
     expected = layer(x)[0]
@@ -178,7 +203,8 @@ def test_what_hooks_put_in_the_place_of_saved_tensors(ways):
     expected = gradient(lambda t: t)
     apart = gradient(lambda t: torch.stack([t, t], -1)[..., 0])
     assert torch.equal(apart, expected)
-    assert ways[-1] == "backward through"
+    assert torch.equal(gradient(lambda t: t.as_subclass(_Own)), expected)
+    assert ways[-2:] == ["forward past", "backward through"]
 
 
 def test_gradients_of_a_batch_of_cotangents_at_once(monkeypatch):
