@@ -54,8 +54,6 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "fastseq_cell_name": text,
         "fastseq_cuda_built": number,
         "fastseq_cuda_obstacle": text,
-        "fastseq_recurrent_fwd": text,
-        "fastseq_recurrent_bwd": text,
     }.items():
         getattr(handle, name).restype = restype
     wide = ctypes.c_int64

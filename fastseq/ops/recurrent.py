@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
-from fastseq.ops import recurrent_cuda, recurrent_direct
+from fastseq.ops import recurrent_cuda
 from fastseq.reference.rnn import CELLS as _CELLS
 from fastseq.reference.rnn import layer
 
@@ -85,9 +85,6 @@ def step_settings(cell: str, has_biases: bool) -> Settings:
 
 
 def _run_forward(settings, x, h0, c0, weights, save):
-    out = recurrent_direct.forward(_BY_NUMBER, settings, x, h0, c0, weights, save)
-    if out is not None:
-        return out
     cell, has_biases, directions, *rest, _ = settings
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(cell, x, h0, c0, weights, has_biases, directions, *rest, save)
@@ -209,16 +206,11 @@ class _Recurrent(torch.autograd.Function):
             need_dw = any(n and not b for n, b in zip(need, biases, strict=True))
             need_db = any(n and b for n, b in zip(need, biases, strict=True))
         need_dh0 = need_h0 or need_c0
-        wanted = (need_dx, need_dw, need_db, need_dh0)
-        grads = recurrent_direct.backward(
-            _BY_NUMBER, settings, dy, dh_n, dc_n, x, h0, c0, weights, saved, *wanted
-        )
-        if grads is None:
-            with torch._C._AutoDispatchBelowAutograd():
-                grads = _backward(
-                    cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, *rest, saved,
-                    *wanted,
-                )  # fmt: skip
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = _backward(
+                cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, *rest, saved,
+                need_dx, need_dw, need_db, need_dh0,
+            )  # fmt: skip
         if need_dx and not need_dh0 and len(grads) == 1 + len(weights):
             dx, *dw = grads
             dh0 = dc0 = None

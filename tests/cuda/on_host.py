@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from fastseq.ops import recurrent, recurrent_cuda, recurrent_direct
+from fastseq.ops import recurrent, recurrent_cuda
 
 __all__ = ["COMPILER", "load", "on_host"]
 
@@ -100,9 +100,7 @@ def on_host(
     """
     library = load()
     before = recurrent._forward, recurrent._backward, recurrent_cuda.way
-    past = recurrent_direct.forward, recurrent_direct.backward
     recurrent._forward, recurrent._backward = recurrent_cuda.forward, recurrent_cuda.backward
-    recurrent_direct.forward = recurrent_direct.backward = lambda *_: None
     recurrent_cuda.way = way
     library.fastseq_thread_order(order)
     library.fastseq_device(processors, shared, blocks)
@@ -112,4 +110,3 @@ def on_host(
         library.fastseq_thread_order(0)
         library.fastseq_device(0, 0, 0)
         recurrent._forward, recurrent._backward, recurrent_cuda.way = before
-        recurrent_direct.forward, recurrent_direct.backward = past
