@@ -206,6 +206,7 @@ def test_gradients_of_scores_sum_to_zero(score):
 
 @pytest.mark.parametrize("score", ["additive", "dot"])
 def test_large_scores_and_nan(score):
+    check(attention_case(score, 3, 4, 40, 8, scale=20.0, lengths=True))
     case = attention_case(score, 3, 4, 40, 8, scale=200.0, lengths=True)
     oracle = case.functional(scores)
     assert_matches(
