@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -87,8 +88,21 @@ def test_registers_of_the_budget_fit_a_block():
                 assert -(-budget["REG"] // 8) * 8 * threads <= 65536, family
 
 
+def sections() -> dict[str, int]:
+    """Of the library, an ELF file of 64 bits: bytes by name."""
+    data = _native.LIBRARY.read_bytes()
+    (table,) = struct.unpack_from("<Q", data, 0x28)
+    size, count, names = struct.unpack_from("<HHH", data, 0x3A)
+    # Name, type, flags, address, place in the file, bytes.
+    rows = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(count)]
+    at = rows[names][4]
+    return {data[at + row[0] : data.index(b"\0", at + row[0])].decode(): row[5] for row in rows}
+
+
 def test_the_library_stays_small():
+    """Most of it is the CPU's kernels, a set for each instruction set."""
     assert _native.LIBRARY.stat().st_size <= BUDGETS["library bytes"]
+    assert 0 < sections()[".nv_fatbin"] <= BUDGETS["GPU code bytes"]
 
 
 def test_no_symbol_of_the_cuda_runtime_leaks():
