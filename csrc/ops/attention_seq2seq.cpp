@@ -156,6 +156,21 @@ Source read_source(int64_t cell, const Tensor& src, const Tensor& embedded, cons
   return found;
 }
 
+// What attention_decoder_fwd returns; with `forced` it picks tokens by the output layer.
+template <class F>
+Tensors decode(int64_t cell, const Tensor& tokens, const OptionalTensor& forced,
+               const Source& source, const Tensors& p, int64_t end_token, bool save) {
+  OptionalTensor w_out, b_out;
+  if (forced) {
+    w_out = p[kOut];
+    b_out = p[kOutBias];
+  }
+  return attention_decoder_fwd(
+      cell, {}, tokens, p[kTable], forced, source.encoded[1], source.encoded[2], source.keys,
+      source.values, {}, some_of(p, kDecoder, 4), true, query_half<F>(p[kAttention]), as_row(p[kV]),
+      {}, {}, {}, false, false, 1.0, w_out, b_out, {}, {}, end_token, save);
+}
+
 }  // namespace
 
 Tensors attention_seq2seq_fwd(int64_t cell, Tensor src, Tensor trg, OptionalTensor forced,
@@ -180,12 +195,8 @@ Tensors attention_seq2seq_fwd(int64_t cell, Tensor src, Tensor trg, OptionalTens
   by_dtype(like, [&](auto zero) {
     using F = decltype(zero);
     const Threads threads = torch_threads();
-    const auto [encoded, values, keys] = read_source<F>(cell, src, embedded, p, save);
-    Tensors decoded = attention_decoder_fwd(
-        cell, {}, tokens, p[kTable], forced, encoded[1], encoded[2], keys, values, {},
-        some_of(p, kDecoder, 4), true, query_half<F>(p[kAttention]), as_row(p[kV]), {}, {}, {},
-        false, false, 1.0, forced ? OptionalTensor(p[kOut]) : OptionalTensor(),
-        forced ? OptionalTensor(p[kOutBias]) : OptionalTensor(), {}, {}, -1, save);
+    const Source source = read_source<F>(cell, src, embedded, p, save);
+    Tensors decoded = decode<F>(cell, tokens, forced, source, p, -1, save);
     const Tensor logits = empty(like, {s.B, s.T, V});
     std::vector<F*> rows;
     rows.reserve(size_t(s.B * steps));
@@ -199,8 +210,9 @@ Tensors attention_seq2seq_fwd(int64_t cell, Tensor src, Tensor trg, OptionalTens
     layer.forward(read<F>(decoded[0]), read<F>(p[kOutBias]), rows, threads);
     out.push_back(logits);
     if (!save) return;
-    out.insert(out.end(), {embedded, encoded[3], encoded[1], encoded[2], values, keys, decoded[4],
-                           decoded[0], decoded[1], decoded[5]});
+    const Tensors& encoded = source.encoded;
+    out.insert(out.end(), {embedded, encoded[3], encoded[1], encoded[2], source.values, source.keys,
+                           decoded[4], decoded[0], decoded[1], decoded[5]});
   });
   return out;
 }
@@ -226,11 +238,8 @@ Tensors attention_seq2seq_greedy(int64_t cell, Tensor src, Tensor start, Tensor 
   Tensors out;
   by_dtype(p[kOut], [&](auto zero) {
     using F = decltype(zero);
-    const auto [encoded, values, keys] = read_source<F>(cell, src, embedded, p, false);
-    Tensors decoded = attention_decoder_fwd(
-        cell, {}, tokens, p[kTable], forced, encoded[1], encoded[2], keys, values, {},
-        some_of(p, kDecoder, 4), true, query_half<F>(p[kAttention]), as_row(p[kV]), {}, {}, {},
-        false, false, 1.0, p[kOut], p[kOutBias], {}, {}, end_token, false);
+    const Source source = read_source<F>(cell, src, embedded, p, false);
+    Tensors decoded = decode<F>(cell, tokens, forced, source, p, end_token, false);
     out = {decoded[4], decoded[1]};
   });
   return out;

@@ -1,6 +1,7 @@
 // fastseq::attention_decoder_fwd and fastseq::attention_decoder_bwd: a recurrent decoder with
 // attention, a whole target sequence.
 #include "decoder_call.h"
+#include "functions.h"
 
 namespace fastseq {
 namespace ops {

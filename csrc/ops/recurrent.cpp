@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "functions.h"
 #include "tensors.h"
 
 namespace fastseq {

@@ -378,8 +378,12 @@ def wanted(kind, x: Tensor, H: int, tokens: _Tokens, directions: int, train: boo
     _, dtype = measured_cuda.dtypes(x.dtype)
     packed = tokens.first is not None
     like = measured_cuda.kind_of(kind.reference, dtype, 1, directions, packed, train)
-    device = measured_cuda.device_name(x.device.index)
-    found = measured_cuda.fastest_way(device, like, tokens.rows, H)
+    return _measured(x.device, like, tokens.rows, H)
+
+
+def _measured(device: torch.device, like: measured_cuda.Kind, B: int, H: int) -> int:
+    """What was fastest, if it can run the call."""
+    found = measured_cuda.fastest_way(measured_cuda.device_name(device.index), like, B, H)
     return ANY_WAY if found is None else NAMES.index(found) | IF_IT_CAN
 
 
@@ -406,8 +410,7 @@ def ways(kind, dtype: torch.dtype, H: int, B: int, directions: int, device: torc
     """
     chosen = STEP if among else way
     if chosen == ANY_WAY and like is not None:
-        found = measured_cuda.fastest_way(measured_cuda.device_name(device.index), like, B, H)
-        chosen = ANY_WAY if found is None else NAMES.index(found) | IF_IT_CAN
+        chosen = _measured(device, like, B, H)
     size = kind.number, dtype.itemsize, chosen, H, B, directions
     passes = (_native.cuda_way(*size, backward, *limits(device)) for backward in (False, True))
     return tuple(NAMES[taken] for taken in passes)
