@@ -95,6 +95,8 @@ if command -v compute-sanitizer > /dev/null; then
     beside "recurrent $tool" 180 "${checks[@]}" \
       python3 -m pytest -q tests/cuda/test_on_device.py -k sanitized
   done
+else
+  beside "sanitizers" 10 bash -c 'echo "compute-sanitizer is not on PATH"; exit 1'
 fi
 gather
 # What fastseq chooses kernels by; a device comes into it once the kernels are right there.

@@ -71,6 +71,14 @@ def test_every_part_runs_and_is_told_of(run):
     assert log.count("ran ") == len(PARTS) and log == done.stdout
 
 
+def test_a_missing_sanitizer_is_a_failure(run, tmp_path):
+    if shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"):
+        pytest.skip("compute-sanitizer is installed")
+    (tmp_path / "bin" / "compute-sanitizer").unlink()
+    done, _, summary = run()
+    assert done.returncode == 1 and summary["sanitizers"].startswith("FAILED")
+
+
 def test_a_part_that_fails_stops_no_other(run):
     done, _, summary = run(bad="bench_attention")
     assert done.returncode == 1 and list(summary) == PARTS
