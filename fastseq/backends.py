@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
+from fastseq.kernels import float32_matmul_precision
 from fastseq.ops import attention as _attention
 from fastseq.ops import decoder_cuda, measured_cuda, recurrent_cuda
 from fastseq.ops.recurrent import CELLS
@@ -21,6 +22,7 @@ from fastseq.reference.rnn import CELLS as _REFERENCE
 __all__ = [
     "Explanation",
     "attention_obstacle",
+    "float32_matmul_precision",
     "recurrent_obstacle",
     "transform_obstacle",
     "use_backend",

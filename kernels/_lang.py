@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import float32_matmul_precision
+
 __all__ = [
     "BACKEND",
     "INTERPRET",
@@ -103,8 +105,8 @@ def upcast(dtype: torch.dtype) -> bool:
 
 
 def precision() -> str:
-    """The user's own switch, ``torch.set_float32_matmul_precision``, in Triton's words."""
-    return PRECISION[BACKEND][torch.get_float32_matmul_precision()] if BACKEND else "ieee"
+    """The user's own switch of float32 products in Triton's words."""
+    return PRECISION[BACKEND][float32_matmul_precision()] if BACKEND else "ieee"
 
 
 def which_tanh() -> str:
@@ -114,7 +116,7 @@ def which_tanh() -> str:
     """
     if BACKEND != "cuda":
         return "exact"
-    return "fast" if torch.get_float32_matmul_precision() == "medium" else "rcp"
+    return "fast" if float32_matmul_precision() == "medium" else "rcp"
 
 
 def blocks(n: int, block: int) -> int:

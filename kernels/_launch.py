@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from triton.runtime import driver
 
+from . import float32_matmul_precision
 from ._lang import on
 
 __all__ = ["Kernel", "Launch", "addresses", "forget", "run_planned"]
@@ -62,7 +63,7 @@ def run_planned(
     where = [t if t is None else t.data_ptr() for t in inputs]
     # None where there is no tensor.
     alignment = [a and a & 15 for a in where]
-    precision = torch.get_float32_matmul_precision()
+    precision = float32_matmul_precision()
     latest = _latest.get(stage)
     if latest is not None and latest[0] == alignment and latest[1] == precision:
         _, _, present, same, plan = latest

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import subprocess
 import sys
 
 import pytest
 import torch
+from fastseq.kernels import float32_matmul_precision
 
 WITHOUT_TRITON = """
 import sys
@@ -37,14 +39,51 @@ def test_without_triton_everything_imports_and_says_so():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(autouse=True)
+def switches():
+    """Of float32 products, the old one and the new ones: as torch sets them out."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for new in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        new.fp32_precision = "none"
+
+
+CUDA, ONEDNN = (f"torch.backends.{name}.matmul.fp32_precision = " for name in ("cuda", "mkldnn"))
+
+
+@pytest.mark.parametrize(
+    "setting,expected",
+    [
+        ("pass", "highest"),
+        *((f"torch.set_float32_matmul_precision('{old}')", old) for old in ("high", "medium")),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", "high"),
+        (f"{CUDA}'tf32'", "high"),
+        (f"{CUDA}'tf32'; {ONEDNN}'bf16'", "medium"),
+        (f"{CUDA}'tf32'; torch.set_float32_matmul_precision('highest')", "highest"),
+        (f"torch.set_float32_matmul_precision('medium'); {CUDA}'ieee'", "highest"),
+        (f"{ONEDNN}'bf16'", "highest"),
+    ],
+)
+def test_either_of_torch_s_switches_is_understood(setting, expected):
+    exec(setting)
+    assert float32_matmul_precision() == expected
+    # Where torch's own question of the old switch raises, no kernel may.
+    if importlib.util.find_spec("triton"):
+        from fastseq.kernels import _lang, _launch
+
+        assert _lang.PRECISION["cuda"][expected] and _lang.which_tanh()
+        one = torch.ones(1)
+        found = _launch.run_planned("switches", lambda inputs: lambda *told: told, (one, one))
+        assert found[0] == (one, one)
+        assert expected in {key[1] for key in _launch._plans if key[0] == "switches"}
+
+
 @pytest.fixture
 def lang():
     pytest.importorskip("triton", reason="triton is not installed")
     from fastseq.kernels import _lang
 
-    before = torch.get_float32_matmul_precision()
-    yield _lang
-    torch.set_float32_matmul_precision(before)
+    return _lang
 
 
 @pytest.mark.parametrize(
