@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 def test_numbers_by_the_interpreter(parts):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        + [str(HERE / "interpreted_attention.py"), "-k", parts],
+        + [str(HERE / name) for name in ("test_attention_gpu.py", "interpreted_attention.py")]
+        + ["-k", parts],
         # Without native kernels, whose place on CPU tensors the interpreted ones take.
         env=os.environ | {"TRITON_INTERPRET": "1", "FASTSEQ_NATIVE": "0"},
         cwd=HERE.parent.parent,
