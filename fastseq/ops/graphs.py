@@ -15,6 +15,8 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from fastseq.kernels import float32_matmul_precision
+
 __all__ = ["Replayed", "capture"]
 
 
@@ -147,7 +149,7 @@ def _described(arguments) -> tuple[list[Tensor], Hashable]:
         stream = torch.cuda.current_stream(device).cuda_stream
     matmul = torch.backends.cuda.matmul
     switches = (
-        torch.get_float32_matmul_precision(),
+        float32_matmul_precision(),
         matmul.allow_fp16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),
     )

@@ -52,12 +52,18 @@ def test_what_makes_another_kind(counted):
     for call in calls:
         replayed(*call)
     assert not captures
-    precision = torch.get_float32_matmul_precision()
+    precision, matmul = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
     try:
         torch.set_float32_matmul_precision("medium")
         replayed(*calls[-1])
         assert not captures
+        # torch's new switch, beside which asking for the old one raises.
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "tf32"
+        replayed(*calls[-1])
+        assert not captures
     finally:
+        matmul.fp32_precision = "none"
         torch.set_float32_matmul_precision(precision)
     # Strides are none: what is given is copied.
     replayed(torch.ones(6)[::2], more, 2.0)
