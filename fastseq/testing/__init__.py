@@ -8,11 +8,14 @@ from fastseq.testing.budgets import (
 )
 from fastseq.testing.cases import LSTMCase, RecurrentCase, lstm_case, recurrent_case
 from fastseq.testing.layouts import LAYOUTS, edge_sizes, with_layout
+from fastseq.testing.tf32 import TF32Products, allow_tf32
 
 __all__ = [
     "LAYOUTS",
     "LSTMCase",
     "RecurrentCase",
+    "TF32Products",
+    "allow_tf32",
     "assert_close_to_reference",
     "assert_matches",
     "assert_results_close",

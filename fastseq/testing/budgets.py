@@ -6,6 +6,7 @@ torch's own kernel achieves in the dtype under test, so no tolerance is typed in
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
@@ -238,6 +239,7 @@ def assert_matches(
     wrt: Collection[str] | None = None,
     names: Sequence[str] | None = None,
     what: str = "",
+    baseline_under: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[str, Tensor | None]:
     """Compare ``fn`` with ``reference`` in float64, ``baseline`` being torch in the same dtype.
 
@@ -255,6 +257,8 @@ def assert_matches(
         inputs, cotangents, wrt, names: as in :func:`run_with_grads`; the reference gets them
             in float64, so all three see the same numbers.
         what: name of the case for the message.
+        baseline_under: a context for the baseline's passes, such as
+            :class:`fastseq.testing.TF32Products`.
 
     Returns:
         The results of ``fn``, outputs and gradients by name.
@@ -270,7 +274,8 @@ def assert_matches(
         truth = run_with_grads(reference, exact, exact_cotangents, wrt=wrt, names=names)
         if by_torch is None:
             return truth, None
-        return truth, run_with_grads(by_torch, values, cotangents, wrt=wrt, names=names)
+        with baseline_under():
+            return truth, run_with_grads(by_torch, values, cotangents, wrt=wrt, names=names)
 
     actual = run_with_grads(fn, inputs, cotangents, wrt=wrt, names=names)
     truth, by_torch = truth_and_torch(inputs, baseline)
