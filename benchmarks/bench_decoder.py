@@ -1,9 +1,12 @@
 """The decoder with attention against its reference, eager and captured: checked, timed, recorded.
 
 python -m benchmarks.bench_decoder [--device cuda] [--rows 1,2] [--quick] [--output FOLDER]
+                                   [--table FILE]
 
-All target tokens are given. On a GPU fastseq's side runs inside use_backend("cuda"), and the
-reference is timed a second time as one CUDA graph of the same call.
+All target tokens are given; on a GPU also none but the first, the others being the likeliest. There
+fastseq's side runs inside use_backend("cuda"), and the reference is timed a second time as one CUDA
+graph of the same call. --table writes what fastseq chooses by on a GPU
+(fastseq/ops/measured_cuda.py).
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 
 import torch
 
@@ -18,14 +22,26 @@ import fastseq
 from benchmarks.command import Row, command, milliseconds, step
 from benchmarks.shapes import MODES
 from fastseq import functional
+from fastseq.ops import measured_cuda
 from fastseq.reference import decoder as reference
 from fastseq.testing import assert_matches
 from fastseq.testing_decoder import DecoderCase, decoder_case
 
 COLUMNS = (
-    "order B T S E H K C mode status fastseq_ms eager_ms captured_ms over_eager over_captured"
+    "cell order tokens B T S E H K C mode status fastseq_ms eager_ms captured_ms over_eager "
+    "over_captured"
 ).split()
 ORDERS = {"before": {}, "feeding": {"after": True, "feeds": True}}
+KINDS = {
+    "cpu": [("lstm", "before", "given"), ("lstm", "feeding", "given")],
+    "cuda": [
+        ("lstm", "before", "given"),
+        ("gru", "before", "given"),
+        ("lstm", "feeding", "given"),
+        ("lstm", "before", "chosen"),
+        ("gru", "before", "chosen"),
+    ],
+}
 SIZES = {
     "cpu": [(64, 5, 5, 16, 32, 32, 64), (32, 30, 30, 256, 256, 256, 512)],
     "cuda": [
@@ -36,12 +52,26 @@ SIZES = {
 }
 # Steps of what is checked: the reference takes a score of launches a step.
 SHORT = 6
+# Tokens to choose from.
+VOCABULARY = 8000
 
 
-def build(size: tuple[int, ...], order: str, device: str, steps: int | None = None) -> DecoderCase:
+def build(
+    size: tuple[int, ...], kind: tuple[str, str, str], device: str, steps: int | None = None
+) -> DecoderCase:
     B, T, S, E, H, K, C = size
-    case = decoder_case("lstm", steps or T, B, S, E, H, K, C, A=H, masked=True, **ORDERS[order])
-    on = lambda t: t.to(device) if torch.is_tensor(t) else t  # noqa: E731
+    cell, order, tokens = kind
+    T = steps or T
+    more = dict(ORDERS[order])
+    if tokens == "chosen":
+        more |= dict(V=VOCABULARY, forced=(True, *[False] * (T - 1)))
+    case = decoder_case(cell, T, B, S, E, H, K, C, A=H, masked=True, **more)
+
+    def on(value: object) -> object:
+        if isinstance(value, tuple) and all(map(torch.is_tensor, value)):
+            return tuple(map(on, value))
+        return value.to(device) if torch.is_tensor(value) else value
+
     return replace(
         case,
         inputs={name: on(t) for name, t in case.inputs.items()},
@@ -83,33 +113,48 @@ def rows(size: tuple[int, ...], device: str, quick: bool) -> Iterator[Row]:
 
         return call
 
-    for order in ORDERS:
-        for mode in MODES:
+    for kind, mode in product(KINDS[device], MODES):
+        # Which token is likeliest has no gradient.
+        if mode == "train" and kind[-1] == "chosen":
+            continue
 
-            def measure(seconds: float, order=order, mode=mode) -> dict[str, object]:
-                short = build(size, order, device, SHORT)
-                oracle = short.function(reference)
-                assert_matches(
-                    ours(short), oracle, oracle, short.inputs, short.cotangents, names=short.names
-                )
-                case = build(size, order, device)
-                eager = step(case.function(reference), case, mode)
-                calls = {"fastseq": step(ours(case), case, mode), "eager": eager}
-                if device == "cuda":
-                    calls |= captured(eager)
-                times = milliseconds(calls, device, seconds)
-                said = {f"{name}_ms": f"{ms:.4f}" for name, ms in times.items()}
-                for name in times.keys() - {"fastseq"}:
-                    said[f"over_{name}"] = f"{times[name] / times['fastseq']:.2f}"
-                return said
+        def measure(seconds: float, kind=kind, mode=mode) -> dict[str, object]:
+            short = build(size, kind, device, SHORT)
+            oracle = short.function(reference)
+            assert_matches(
+                ours(short), oracle, oracle, short.inputs, short.cotangents, names=short.names
+            )
+            case = build(size, kind, device)
+            eager = step(case.function(reference), case, mode)
+            calls = {"fastseq": step(ours(case), case, mode), "eager": eager}
+            if device == "cuda":
+                calls |= captured(eager)
+            times = milliseconds(calls, device, seconds)
+            said = {f"{name}_ms": f"{ms:.4f}" for name, ms in times.items()}
+            for name in times.keys() - {"fastseq"}:
+                said[f"over_{name}"] = f"{times[name] / times['fastseq']:.2f}"
+            return said
 
-            sizes = dict(zip("BTSEHKC", size, strict=True))
-            yield Row({"order": order, **sizes, "mode": mode}, measure)
+        about = dict(zip(("cell", "order", "tokens"), kind, strict=True))
+        yield Row(about | dict(zip("BTSEHKC", size, strict=True), mode=mode), measure)
+
+
+def entry(record: dict[str, object]) -> dict[str, object]:
+    """A row as fastseq/ops/measured_cuda.py reads it."""
+    known = {name: record[name] for name in ("cell", "order", "tokens", "mode")}
+    about = measured_cuda.DecoderKind(**known)._asdict()
+    about |= {letter: record[letter] for letter in "BTSEHKC"}
+    if record["status"] != "ok":
+        return about | {"wrong": record["status"]}
+    sides = [name for name in ("eager", "captured") if f"{name}_ms" in record]
+    theirs = {name: float(record[f"{name}_ms"]) for name in sides}
+    return about | {"torch": theirs, "ours": float(record["fastseq_ms"])}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 if every answer was right, 1 if one was wrong, 2 for bad arguments."""
-    return command("decoder", __doc__.splitlines()[0], SIZES, COLUMNS, rows, argv)
+    about = __doc__.splitlines()[0]
+    return command("decoder", about, SIZES, COLUMNS, rows, argv, entry=entry)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 python -m benchmarks.bench_recurrent_gpu [--quick] [--output FOLDER] [--table FILE]
 
 All sides in turn, by CUDA events: torch (cuDNN on weights in one piece, the algorithm its own
-choice, TF32 as the row says) and the ways of csrc/cuda, each where it serves. ``cudnn`` is the
-kernel that cuDNN spent most time in, by torch's profiler: its name tells the algorithm. --table
-writes what fastseq chooses by (fastseq/ops/measured_cuda.py), other devices' rows kept.
+choice; beside a row of float32 under TF32 too, as cuDNN is by default) and the ways of csrc/cuda,
+each where it serves. Rows of "tf32" allow it both sides, and are checked by what it may do to a
+product. ``cudnn`` is the kernel that cuDNN spent most time in, by torch's profiler: its name tells
+the algorithm. --table writes what fastseq chooses by (fastseq/ops/measured_cuda.py) as rows come:
+what is wrong as wrong, and what there was no time for not at all, both of which are torch's then.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,11 +25,18 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastseq
 from benchmarks.command import RESULTS, milliseconds, write_csv
+from benchmarks.gpu_table import write_part
 from benchmarks.measure import machine
 from fastseq import functional
-from fastseq._files import atomic_write, check_writable
+from fastseq._files import check_writable
 from fastseq.ops import measured_cuda, recurrent_cuda
-from fastseq.testing import RecurrentCase, assert_matches, recurrent_case
+from fastseq.testing import (
+    RecurrentCase,
+    TF32Products,
+    allow_tf32,
+    assert_matches,
+    recurrent_case,
+)
 
 WAYS = {
     "step": recurrent_cuda.STEP,
@@ -45,35 +53,43 @@ SIZES = [
 ]
 FORMS = {
     "plain": {},
+    "both packed": dict(bidirectional=True, lengths="half"),
     "both": dict(bidirectional=True),
-    "stacked": dict(num_layers=2),
     "packed": dict(lengths="half"),
+    "stacked": dict(num_layers=2),
+    "both stacked": dict(num_layers=2, bidirectional=True),
+    "projected": dict(proj_size="half"),
 }
-# "tf32" allows both sides' products TF32 while they are timed; `whole` and `grid` don't use it.
+# "tf32" allows both sides' products TF32; `whole` and `grid` don't use it.
 DTYPES = {"f32": torch.float32, "tf32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Steps of what is checked: the reference takes a dozen launches a step.
 SHORT = 12
 COLUMNS = (
-    "cell T B I H form dtype mode status torch_ms step_ms whole_ms grid_ms ratio cudnn".split()
-)
+    "cell T B I H form dtype mode status torch_ms torch_tf32_ms step_ms whole_ms grid_ms ratio "
+    "cudnn"
+).split()
 
 
 def build(cell: str, size: tuple, form: str, dtype: torch.dtype) -> RecurrentCase:
     options = dict(FORMS[form])
     if options.get("lengths") == "half":
         options["lengths"] = [1 + size[0] * b // size[1] for b in range(size[1])]
+    if options.get("proj_size") == "half":
+        options["proj_size"] = size[3] // 2
     case = recurrent_case(cell, *size, dtype=dtype, **options)
-    case = case.packed() if form == "packed" else case
+    case = case.packed() if "packed" in form else case
     cotangents = [c.cuda() for c in case.cotangents]
     return replace(case.map(lambda t: t.cuda()), cotangents=cotangents)
 
 
-LAYERS = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
+LAYERS = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN}
 
 
 def by_kernels(case: RecurrentCase, way: str) -> Callable[..., object]:
     """The case by the kernels of csrc/cuda, one way."""
-    fn = case.functional(getattr(functional, case.cell))
+    named = getattr(functional, case.cell)
+    # The function's name says what of torch's RNN is an option.
+    fn = case.functional(lambda *given, nonlinearity="", **options: named(*given, **options))
 
     def call(*inputs: object) -> object:
         recurrent_cuda.way = WAYS[way]
@@ -120,51 +136,50 @@ def sample(
     return run
 
 
-@contextlib.contextmanager
-def tf32_products(allowed: bool) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
-    try:
-        with torch.backends.cudnn.flags(allow_tf32=allowed):
-            yield
-    finally:
-        matmul.allow_tf32 = before
+def under(tf32: bool, run: Callable[[], object]) -> Callable[[], object]:
+    """The same, TF32 allowed or not."""
+
+    def switched() -> object:
+        with allow_tf32(tf32):
+            return run()
+
+    return switched
 
 
-def wrong(short: RecurrentCase, way: str) -> str | None:
+def wrong(short: RecurrentCase, way: str, tf32: bool) -> str | None:
     """What is wrong with what one way gives; "" where it does not serve such a size."""
+    reference = short.reference()
+    baseline = reference if tf32 else short.module(LAYERS[short.cell])
     try:
-        assert_matches(
-            by_kernels(short, way),
-            short.reference(),
-            short.module(LAYERS[short.cell]),
-            short.inputs,
-            short.cotangents,
-        )
+        with allow_tf32(tf32):
+            assert_matches(
+                by_kernels(short, way), reference, baseline, short.inputs, short.cotangents,
+                baseline_under=TF32Products if tf32 else contextlib.nullcontext,
+            )  # fmt: skip
     except AssertionError as error:
         return str(error)
     except RuntimeError as error:
-        if "expected weights of" not in str(error):
-            raise
-        return ""
+        return "" if "expected weights of" in str(error) else f"{error}".splitlines()[0]
     return None
 
 
 def measure(
-    case: RecurrentCase, ways: list[str], mode: str, seconds: float, tf32: bool
+    case: RecurrentCase, ways: list[str], mode: str, seconds: float, dtype: str
 ) -> dict[str, object]:
     """Times of torch's layer and of ours, each way that serves."""
-    states = len(case.names) - 1
-    timed = {"torch": sample(*torchs(case, states), case, mode)}
+    tf32 = dtype == "tf32"
+    theirs = sample(*torchs(case, len(case.names) - 1), case, mode)
+    timed = {"torch": under(tf32, theirs)}
+    if dtype == "f32":
+        timed["torch_tf32"] = under(True, theirs)
     for way in ways:
         leaves = [t.detach().clone() for t in case.inputs.values()]
-        timed[way] = sample(by_kernels(case, way), leaves, case, mode)
-    with tf32_products(tf32):
-        times = milliseconds(timed, "cuda", seconds)
-        cudnn = busiest(timed["torch"])
+        timed[way] = under(tf32, sample(by_kernels(case, way), leaves, case, mode))
+    times = milliseconds(timed, "cuda", seconds)
     row = {f"{name}_ms": f"{ms:.4f}" for name, ms in times.items()}
-    ours = min(ms for name, ms in times.items() if name != "torch")
-    return row | {"status": "ok", "ratio": f"{times['torch'] / ours:.2f}", "cudnn": cudnn}
+    ours = min(ms for name, ms in times.items() if name in ways)
+    ratio = f"{times['torch'] / ours:.2f}"
+    return row | {"status": "ok", "ratio": ratio, "cudnn": busiest(timed["torch"])}
 
 
 def busiest(run: Callable[[], object]) -> str:
@@ -177,40 +192,59 @@ def busiest(run: Callable[[], object]) -> str:
     return max(found, key=lambda e: e.self_device_time_total).key if found else ""
 
 
-def rows(quick: bool, seconds: float) -> Iterator[dict[str, object]]:
+def cases(quick: bool) -> Iterator[tuple[str, tuple, str, str]]:
+    """Cell, size, form and dtype of each case, what is asked for most first."""
     sizes = SIZES[:1] if quick else SIZES
-    cases = [(size, "plain", dtype) for size in sizes for dtype in ("f32", "bf16")]
+    chosen = [(size, "plain", dtype) for size in sizes for dtype in ("f32", "bf16")]
     if not quick:
         # What cuDNN has its fastest algorithm for, and what it hasn't.
-        cases += [(size, "plain", "f16") for size in sizes if size[3] % 128 == 0]
-        cases += [(SIZES[3], form, dtype) for form in FORMS for dtype in ("f32", "bf16")][2:]
-        cases += [(size, "plain", "tf32") for size in (SIZES[3], SIZES[5])]
-    for cell, (size, form, dtype) in product(LAYERS, cases):
+        chosen += [(size, "plain", "f16") for size in sizes if size[3] % 128 == 0]
+        chosen += [
+            (size, form, dtype)
+            for size in (SIZES[3], SIZES[0])
+            for form in FORMS
+            for dtype in ("f32", "bf16")
+            if form != "plain"
+        ]
+        chosen += [(size, "plain", "tf32") for size in (SIZES[3], SIZES[5])]
+    for (size, form, dtype), cell in product(chosen, LAYERS):
+        if (form == "plain" or cell in ("lstm", "gru")) and (form != "projected" or cell == "lstm"):
+            yield cell, size, form, dtype
+
+
+def rows(quick: bool, seconds: float) -> Iterator[dict[str, object]]:
+    for cell, size, form, dtype in cases(quick):
         case = build(cell, size, form, DTYPES[dtype])
         short = build(cell, (SHORT, *size[1:]), form, DTYPES[dtype])
         about = dict(zip("TBIH", size, strict=True), cell=cell, form=form, dtype=dtype)
-        errors = {way: wrong(short, way) for way in WAYS}
+        errors = {way: wrong(short, way, dtype == "tf32") for way in WAYS}
         said = "; ".join(f"{way} is wrong: {error}" for way, error in errors.items() if error)
         serve = [way for way, error in errors.items() if error is None]
         for mode in ("train", "inf"):
-            found = (
-                {"status": said} if said else measure(case, serve, mode, seconds, dtype == "tf32")
-            )
+            found = {"status": said}
+            if not said:
+                try:
+                    found = measure(case, serve, mode, seconds, dtype)
+                except RuntimeError as error:
+                    found = {"status": f"failed: {str(error).splitlines()[0]}"}
             yield about | {"mode": mode} | found
 
 
-def write_table(path: Path, device: str, found: list[dict[str, object]]) -> None:
-    """The rows as fastseq/ops/measured_cuda.py reads them, those of this device in place of what
-    the table had."""
-    table = dict(measured_cuda.TABLE)
-    table[device] = [
-        {name: row[name] for name in (*measured_cuda.Kind._fields, *"TBH")}
-        | {name: float(row[f"{name}_ms"]) for name in ("torch", *WAYS) if f"{name}_ms" in row}
-        for row in found
-        if row["status"] == "ok"
-    ]
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(json.dumps(table, indent=1) + "\n")
+def entry(row: dict[str, object]) -> dict[str, object]:
+    """A row as fastseq/ops/measured_cuda.py reads it."""
+    form, own = FORMS[row["form"]], row["dtype"]
+    kind = measured_cuda.Kind(
+        row["cell"], own, form.get("num_layers", 1), 1 + form.get("bidirectional", False),
+        "lengths" in form, "proj_size" in form, row["mode"],
+    )  # fmt: skip
+    about = kind._asdict() | {letter: row[letter] for letter in measured_cuda.Size._fields}
+    if row["status"] != "ok":
+        return about | {"wrong": row["status"]}
+    theirs = {own: float(row["torch_ms"])}
+    if "torch_tf32_ms" in row:
+        theirs["tf32"] = float(row["torch_tf32_ms"])
+    ours = {way: float(row[f"{way}_ms"]) for way in WAYS if f"{way}_ms" in row}
+    return about | {"torch": theirs} | ours
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -229,14 +263,13 @@ def main(argv: list[str] | None = None) -> int:
     check_writable(arguments.output)
     about = machine() | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     found = []
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        for row in rows(arguments.quick, 0.1 if arguments.quick else 0.15):
-            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-            found.append(row)
-            # Kept, should the machine's time be up before the last row.
-            write_csv(arguments.output / "recurrent_gpu.csv", COLUMNS, found, about)
-            if arguments.table:
-                write_table(arguments.table, about["gpu"], found)
+    for row in rows(arguments.quick, 0.1 if arguments.quick else 0.15):
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        found.append(row)
+        # Kept, should the machine's time be up before the last row.
+        write_csv(arguments.output / "recurrent_gpu.csv", COLUMNS, found, about)
+        if arguments.table:
+            write_part(arguments.table, about["gpu"], "recurrent", [entry(row) for row in found])
     return int(any(row["status"] != "ok" for row in found))
 
 

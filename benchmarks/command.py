@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 
+from benchmarks.gpu_table import write_part
 from benchmarks.measure import busy, interleaved, machine
 from fastseq._files import atomic_write, check_writable
 
@@ -107,6 +108,7 @@ def command(
     columns: list[str],
     rows: Callable[[tuple, str, bool], Iterator[Row]],
     argv: list[str] | None,
+    entry: Callable[[dict[str, object]], dict[str, object]] | None = None,
 ) -> int:
     """Run a benchmark; 0 if every answer was right, 1 if one was wrong, 2 for bad arguments.
 
@@ -117,15 +119,21 @@ def command(
         columns: of the CSV, in order.
         rows: of a size, on a device, quick or not.
         argv: the command line; None: this process's.
+        entry: a record as fastseq's table of measurements on GPUs has it, under ``name``; given,
+            there is --table.
     """
     parser = argparse.ArgumentParser(prog=f"bench_{name}", description=about)
     parser.add_argument("--device", choices=sizes, default="cpu")
     parser.add_argument("--rows", default="all", help="sizes by number from 1, as 1,3 (all)")
     parser.add_argument("--quick", action="store_true", help="a tenth of a second a row, float32")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the CSV")
+    if entry:
+        parser.add_argument("--table", type=Path, help="the table to write, such as fastseq's own")
     arguments = parser.parse_args(argv)
     device = arguments.device
     try:
+        if entry and arguments.table and device != "cuda":
+            raise ValueError("expected --table beside --device cuda only")
         chosen = select(sizes[device], arguments.rows)
         if device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("expected a GPU, got none: torch.cuda.is_available() is False")
@@ -147,6 +155,8 @@ def command(
             print(records[-1], flush=True)
             # Kept, should the machine's time be up before the last row.
             write_csv(path, columns, records, ran_on)
+            if entry and arguments.table:
+                write_part(arguments.table, ran_on["gpu"], name, [entry(r) for r in records])
     return 1 if any(record["status"] != "ok" for record in records) else 0
 
 

@@ -22,6 +22,7 @@ from fastseq.reference.rnn import CELLS as _REFERENCE
 __all__ = [
     "Explanation",
     "attention_obstacle",
+    "decoder_obstacle",
     "float32_matmul_precision",
     "recurrent_obstacle",
     "transform_obstacle",
@@ -33,8 +34,6 @@ _forced: ContextVar[str] = ContextVar("fastseq_backend", default="auto")
 
 _KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _FORCED_TORCH = "use_backend('torch') is in force"
-# No kernel is anybody's default before it has kept its budgets on a device: csrc/cuda/README.md.
-_UNMEASURED = "the CUDA kernel is not yet measured on a device; use_backend('cuda') runs it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,9 @@ def torch_is_faster(
         # (A cell is one kernel of torch's own behind two products, as it would be here.)
         if one_step:
             return "torch's cell takes as many launches"
-        return None if options is None else _cudnn_is_faster(_GpuCall.of(cell, x, params, options))
+        if options is None or _REFERENCE[cell].extras:
+            return None
+        return _cudnn_is_faster(_GpuCall.of(cell, x, params, options))
     if cell == "lstm" and not one_step and x.numel():
         lowered = x.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if lowered else x.dtype
@@ -132,57 +133,52 @@ def torch_is_faster(
 class _GpuCall(NamedTuple):
     """A layer's call as a GPU's kernels and the table of measurements see it."""
 
-    cell: str
-    x: Tensor
-    B: int
-    H: int
-    options: NamedTuple
-    projected: bool
+    kind: measured_cuda.Kind
+    size: measured_cuda.Size
+    torchs_dtype: str
+    device: torch.device
 
     @classmethod
     def of(cls, cell, x, params, options) -> _GpuCall:
-        sizes = options.batch_sizes
+        sizes, layers = options.batch_sizes, options.num_layers
         if sizes is None:
-            B = x.shape[0 if options.batch_first else 1]
+            T, B = x.shape[:2][:: -1 if options.batch_first else 1]
         else:
-            B = int(sizes[0]) if len(sizes) else 0
-        sides = options.num_layers * (2 if options.bidirectional else 1)
+            T, B = len(sizes), int(sizes[0]) if len(sizes) else 0
+        directions = 2 if options.bidirectional else 1
         own = 2 + 2 * options.has_biases + len(_REFERENCE[cell].extras)
-        H = params[0].shape[0] // CELLS[cell].gates
-        return cls(cell, x, B, H, options, len(params) // sides > own)
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.options.bidirectional else 1
-
-    def kind(self, dtype: str, layers: int) -> measured_cuda.Kind:
-        packed = self.options.batch_sizes is not None
-        train = torch.is_grad_enabled()
-        return measured_cuda.kind_of(self.cell, dtype, layers, self.directions, packed, train)
+        projected = len(params) // (layers * directions) > own
+        needed = torch._C._any_requires_grad(x, *params)
+        mode = "train" if torch.is_grad_enabled() and needed else "inf"
+        torchs, ours = measured_cuda.dtypes(x.dtype)
+        kind = measured_cuda.Kind(
+            cell, ours, layers, directions, sizes is not None, projected, mode
+        )
+        size = measured_cuda.Size(T, B, x.shape[-1], params[0].shape[0] // CELLS[cell].gates)
+        return cls(kind, size, torchs, x.device)
 
 
 def _cudnn_is_faster(call: _GpuCall) -> str | None:
-    torchs, ours = measured_cuda.dtypes(call.x.dtype)
-    layers, device = call.options.num_layers, measured_cuda.device_name(call.x.device.index)
-    kind = call.kind(ours, layers)
-    return measured_cuda.torchs_reason(device, kind, torchs, layers, call.B, call.H)
+    device = measured_cuda.device_name(call.device.index)
+    return measured_cuda.torchs_reason(device, call.kind, call.torchs_dtype, call.size)
 
 
 _WAYS = {
     "step": "a product and a launch a step",
     "whole": "one launch a layer, the weights in a block's shared memory",
-    "grid": "one launch a layer, the weights in blocks that meet at each step",
+    "grid": "one launch a layer, the weights in blocks that meet at each step, "
+    "or `step` should the device refuse to run all of them at once",
 }
 
 
-def _cuda_ways(call: _GpuCall) -> str:
+def _cuda_ways(call: _GpuCall, dtype: torch.dtype, zoneout: bool) -> str:
     """Which of the ways of csrc/cuda run a call, in words."""
-    zoneout = any(call.options.zoneout)
-    kind = CELLS[f"zoneout_{call.cell}" if zoneout else call.cell]
-    _, dtype = measured_cuda.dtypes(call.x.dtype)
+    cell = call.kind.cell
+    kind = CELLS[f"zoneout_{cell}" if zoneout else cell]
+    among = call.kind.projected and recurrent_cuda.projects_among_steps(kind)
     forward, backward = recurrent_cuda.ways(
-        kind, call.x.dtype, call.H, call.B, call.directions, call.x.device,
-        call.kind(dtype, 1), call.projected and recurrent_cuda.projects_among_steps(kind),
+        kind, dtype, call.size, call.kind.directions, call.device,
+        call.kind._replace(layers=1), among,
     )  # fmt: skip
     said = f"`{forward}`, {_WAYS[forward]}"
     return said if forward == backward else f"{said}; backward `{backward}`, {_WAYS[backward]}"
@@ -225,8 +221,8 @@ def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
         return "input and weights differ in device"
     if x.is_cuda:
         obstacle = _cuda_obstacle(cell, x, params)
-        if obstacle is None and forced != "cuda" and not measured_cuda.TABLE:
-            obstacle = _UNMEASURED
+        if obstacle is None and forced != "cuda" and x.dtype in _KERNEL_DTYPES:
+            obstacle = _unproved(cell, x)
         if obstacle is not None:
             return obstacle
     if x.dtype not in _KERNEL_DTYPES:
@@ -234,6 +230,37 @@ def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
     if first.dtype is not x.dtype and not torch.is_autocast_enabled("cpu"):
         return "input and weights differ in dtype"
     return None if compiling else _surroundings_obstacle(x)
+
+
+def _unproved(cell: str, x: Tensor, part: str = "recurrent") -> str | None:
+    """No kernel is anybody's default before it has kept its budgets on the device that it is to run
+    on: csrc/cuda/README.md."""
+    said = measured_cuda.unproved(x.device.index, cell, measured_cuda.dtypes(x.dtype)[1], part)
+    return None if said is None else f"the CUDA kernel is {said}; use_backend('cuda') runs it"
+
+
+def decoder_obstacle(
+    values: Tensor, params: Sequence[Tensor], kind: measured_cuda.DecoderKind
+) -> str | None:
+    """Why no kernel runs a decoder with attention on such values [B, S, C], its layers' weights
+    ``params``; None where one does. Of ``kind``, dtype and mode follow from the call.
+
+    Raises:
+        RuntimeError: it can't, and use_backend("cpu") or ("cuda") is in force.
+    """
+    obstacle = recurrent_obstacle(kind.cell, values, params)
+    return obstacle or _slower_decoder(values, kind)
+
+
+def _slower_decoder(values: Tensor, kind: measured_cuda.DecoderKind) -> str | None:
+    if not values.is_cuda or torch.compiler.is_compiling() or _forced.get() == "cuda":
+        return None
+    obstacle = _unproved(kind.cell, values, "decoder")
+    if obstacle is not None:
+        return obstacle
+    _, dtype = measured_cuda.dtypes(values.dtype)
+    kind = kind._replace(dtype=dtype, mode="train" if torch.is_grad_enabled() else "inf")
+    return measured_cuda.decoders_reason(measured_cuda.device_name(values.device.index), kind)
 
 
 def _surroundings_obstacle(x: Tensor) -> str | None:
@@ -331,22 +358,26 @@ def recurrent_explanation(
     if x.is_cuda:
         said = "the CUDA kernels" + (" (use_backend('cuda'))" if _forced.get() == "cuda" else "")
         if options is not None:
-            said += f": {_cuda_ways(_GpuCall.of(cell, x, params, options))}"
+            call = _GpuCall.of(cell, x, params, options)
+            said += f": {_cuda_ways(call, x.dtype, any(options.zoneout))}"
         return Explanation(cell, "cuda", said)
     return Explanation(cell, "cpu", _kernel_in_use())
 
 
 def decoder_explanation(
-    cell: str, values: Tensor, params: Sequence[Tensor], by_steps: bool = False
+    values: Tensor,
+    params: Sequence[Tensor],
+    kind: measured_cuda.DecoderKind,
+    by_steps: bool = False,
 ) -> Explanation:
-    """What runs a decoder with attention, its layers' weights ``params``, in words; ``by_steps``:
-    one of the location score."""
+    """What :func:`decoder_obstacle` finds, in words; ``by_steps``: of one of the location score."""
     op = "attention_decoder"
     if by_steps:
         reason = "the location score needs each step's weights for the next: step by step"
         return Explanation(op, "torch", reason)
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
-    obstacle = obstacle or _recurrent_obstacle(cell, values, params, False)
+    obstacle = obstacle or _recurrent_obstacle(kind.cell, values, params, False)
+    obstacle = obstacle or _slower_decoder(values, kind)
     if obstacle is not None:
         return Explanation(op, "torch", f"{obstacle}; a step at a time")
     if not values.is_cuda:

@@ -13,6 +13,7 @@ from fastseq import backends, functional
 from fastseq.backends import Explanation
 from fastseq.functional import loss
 from fastseq.functional._checks import NO_ZONEOUT, Options, check_zoneout
+from fastseq.functional.decoder import kind_of
 from fastseq.nn.cells import _FastCell
 from fastseq.nn.loss import LinearCrossEntropy
 from fastseq.nn.rnn import _FastLayer
@@ -94,8 +95,8 @@ def _explain_module(module, input=None, hx=None, lengths=None, resets=None) -> E
 
 
 def _explain_decoder(input, hx, keys, values, params, *, cell="lstm", **kwargs) -> Explanation:
-    by_steps = kwargs.get("location") is not None
-    return backends.decoder_explanation(cell, values, params, by_steps)
+    kind = kind_of(cell, hx[0].shape[0] if hx else 1, kwargs)
+    return backends.decoder_explanation(values, params, kind, kwargs.get("location") is not None)
 
 
 def _explain_attention(name, query, keys=None, values=None, *args, **keywords) -> Explanation:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastseq import backends
 from fastseq.functional.attention import additive_attention
 from fastseq.ops import decoder as _op
+from fastseq.ops import measured_cuda
 from fastseq.reference import decoder as _reference
 from fastseq.reference.rnn import CELLS
 
@@ -150,7 +151,8 @@ def attention_decoder(
     known = forced is not None and not isinstance(forced, Tensor)
     if known and all(forced[: input.shape[1]]) and len(forced) == input.shape[1]:
         forced = arguments["forced"] = None
-    obstacle = backends.recurrent_obstacle(cell, values, params)
+    kind = kind_of(cell, hx[0].shape[0], arguments)
+    obstacle = backends.decoder_obstacle(values, params, kind)
     if obstacle is not None or location is not None:
         if end_token is not None:
             raise NotImplementedError(
@@ -192,6 +194,24 @@ def attention_decoder(
 
 
 _OP = "fastseq.attention_decoder"
+
+
+def kind_of(cell: str, layers: int, arguments: dict[str, object]) -> measured_cuda.DecoderKind:
+    """Of a call with these arguments, as far as it is known by them."""
+    after = "feeding" if arguments.get("input_feeding") else "after"
+    return measured_cuda.DecoderKind(
+        cell,
+        "before" if arguments.get("combine") is None else after,
+        "dot" if arguments.get("v") is None else "additive",
+        layers,
+        "given" if arguments.get("forced") is None else "chosen",
+    )
+
+
+def picks_obstacle(cell: str, values: Tensor, hidden: Tensor) -> str | None:
+    """Why the loop of one layer behind additive attention, choosing its tokens, is not one call."""
+    kind = measured_cuda.DecoderKind(cell, tokens="chosen")
+    return backends.decoder_obstacle(values, (hidden,), kind)
 
 
 def from_start(start: Tensor, steps: int) -> dict[str, object]:

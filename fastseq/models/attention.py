@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastseq import backends, nn
+from fastseq import nn
 from fastseq.functional.beams import attention_beams
-from fastseq.functional.decoder import attention_decoder, from_start
+from fastseq.functional.decoder import attention_decoder, from_start, picks_obstacle
 from fastseq.models import _whole
 from fastseq.models._steps import (
     Forced,
@@ -374,7 +374,7 @@ class Decoder(nn.Module):
 
     def _runs_alone(self, hidden: Tensor, encoder_outputs: Tensor) -> bool:
         """Whether decoding without a target is one call of a kernel."""
-        obstacle = backends.recurrent_obstacle("lstm", encoder_outputs, (hidden,))
+        obstacle = picks_obstacle("lstm", encoder_outputs, hidden)
         return obstacle is None and self.picks_in_one_call()
 
     def picks_in_one_call(self) -> bool:

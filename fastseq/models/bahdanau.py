@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseq import backends, nn
+from fastseq import nn
 from fastseq.functional import additive_attention
 from fastseq.functional.beams import attention_beams
-from fastseq.functional.decoder import Decoded, attention_decoder, from_start
+from fastseq.functional.decoder import Decoded, attention_decoder, from_start, picks_obstacle
 from fastseq.models._steps import (
     Forced,
     after_start,
@@ -305,7 +305,7 @@ class Decoder(nn.Module):
     def _runs_alone(self, hidden: Tensor, encoder_outputs: Tensor) -> bool:
         """Whether decoding without a target is one call of a kernel."""
         drops = self.training and (self.dropout.p or self.output_dropout.p)
-        obstacle = backends.recurrent_obstacle("gru", encoder_outputs, (hidden,))
+        obstacle = picks_obstacle("gru", encoder_outputs, hidden)
         return not drops and obstacle is None and self.picks_in_one_call()
 
     def picks_in_one_call(self) -> bool:

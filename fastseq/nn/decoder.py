@@ -15,7 +15,7 @@ from fastseq import backends
 from fastseq.backends import Explanation
 from fastseq.functional import attention_decoder
 from fastseq.functional.beams import attention_beams
-from fastseq.functional.decoder import from_start, past_end
+from fastseq.functional.decoder import from_start, kind_of, past_end
 from fastseq.nn.rnn import GRU, LSTM, RNN
 
 __all__ = ["AttentionDecoder"]
@@ -221,7 +221,8 @@ class AttentionDecoder(nn.Module):
             raise ValueError(
                 f"fastseq.AttentionDecoder: expected max_length of at least 1, got {max_length}"
             )
-        stops = self.explained(start, hx, encoder_outputs).backend != "torch"
+        chosen = (True, False)
+        stops = self.explained(start, hx, encoder_outputs, forced=chosen).backend != "torch"
         decoded = self._run(
             hx=hx,
             encoder_outputs=encoder_outputs,
@@ -276,11 +277,12 @@ class AttentionDecoder(nn.Module):
         self, input: object = None, hx: object = None, values: Tensor | None = None, *_, **keywords
     ) -> Explanation:
         """What ``fastseq.explain`` says of this module, called so."""
-        if self.location_conv is not None:
-            return backends.decoder_explanation(self.cell, self.v, (), by_steps=True)
         weights = [w for layer in self.rnn.all_weights for w in layer]
         values = keywords.get("encoder_outputs", weights[0]) if values is None else values
-        return backends.decoder_explanation(self.cell, values, weights)
+        known = self._options() | {"forced": keywords.get("forced")}
+        kind = kind_of(self.cell, self.rnn.num_layers, known)
+        by_steps = self.location_conv is not None
+        return backends.decoder_explanation(values, weights, kind, by_steps)
 
     def _source(self, encoder_outputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Keys, values and the layers' weights."""

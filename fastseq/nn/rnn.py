@@ -191,11 +191,13 @@ class LSTM(_FastLayer, torch.nn.LSTM):
     those of torch.nn.LSTM, of which this is a subclass. What no kernel serves (see
     :func:`fastseq.explain`) and whatever torch would refuse runs in torch's own code.
 
-    Precision: float32 is IEEE float32, at every setting of ``torch.set_float32_matmul_precision``
-    and ``torch.backends.mkldnn.rnn.fp32_precision``: these permit bfloat16 products where a machine
-    has instructions for them, and no kernel here uses any. In bfloat16, in float16 and under
-    autocast the kernels multiply, sum and carry states in float32; inputs are taken and results
-    given in the dtype torch's layer has.
+    Precision: on a CPU float32 is IEEE float32, at every setting of
+    ``torch.set_float32_matmul_precision`` and ``torch.backends.mkldnn.rnn.fp32_precision``: these
+    permit bfloat16 products where a machine has instructions for them, and no kernel here uses any.
+    On a GPU products over all tokens, and those of kernels that go step by step, are torch's and
+    follow ``torch.backends.cuda.matmul.fp32_precision``; cuDNN follows its own switch. In bfloat16,
+    in float16 and under autocast the kernels multiply, sum and carry states in float32; inputs are
+    taken and results given in the dtype torch's layer has.
 
     Args:
         zoneout: beyond torch's arguments: probability that an element of the states keeps its

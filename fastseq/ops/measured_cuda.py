@@ -1,9 +1,14 @@
-"""What was measured of recurrent layers on GPUs, and what follows for a call.
+"""What was measured on GPUs, and what follows for a call.
 
 The table, measured_cuda.json, is data: device, by torch.cuda.get_device_name(), to rows of
-``benchmarks.bench_recurrent_gpu``, which writes it. A row holds the kind of the call (cell, dtype,
-form, mode), T, B and H, and milliseconds of torch's layer and of each way of csrc/cuda that serves.
-A device comes into the table only once the kernels have kept their error budgets on it.
+``benchmarks.bench_recurrent_gpu`` ("recurrent") and ``benchmarks.bench_decoder`` ("decoder"), which
+write it. A row holds the fields of a kind, sizes, ``torch``: milliseconds of torch's side by the
+dtype of its products, and those of each way of csrc/cuda that serves ("step", ..) or of the decoder
+("ours"); or, in place of all times, what was ``wrong``. A device comes into the table only once the
+kernels have kept their error budgets on it.
+
+Nothing is taken to be faster than torch that was not measured: a kind that a device's rows do not
+have, or none of a size like the call's, is torch's; so is whatever was wrong.
 """
 
 from __future__ import annotations
@@ -16,22 +21,56 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["PATH", "TABLE", "WAYS", "Kind", "dtypes", "fastest_way", "kind_of", "torchs_reason"]
+__all__ = [
+    "PATH",
+    "TABLE",
+    "WAYS",
+    "DecoderKind",
+    "Kind",
+    "Size",
+    "decoders_reason",
+    "dtypes",
+    "fastest_way",
+    "torchs_reason",
+    "unproved",
+]
 
 PATH = Path(__file__).with_name("measured_cuda.json")
-TABLE: dict[str, list[dict]] = json.loads(PATH.read_text())
+TABLE: dict[str, dict[str, list[dict]]] = json.loads(PATH.read_text())
 WAYS = ("step", "whole", "grid")
 
 _NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 
 
 class Kind(NamedTuple):
-    """Of a call, as far as the table tells them apart."""
+    """Of a recurrent call, as far as the table tells them apart."""
 
     cell: str
     dtype: str  # "f32", "tf32" (float32 whose products may round so), "f16", "bf16", "f64"
-    form: str  # "plain", "both" (directions), "stacked", "packed"
+    layers: int
+    directions: int
+    packed: bool
+    projected: bool
     mode: str  # "train" or "inf"
+
+
+class Size(NamedTuple):
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+
+
+class DecoderKind(NamedTuple):
+    """Of a decoder with attention."""
+
+    cell: str
+    order: str = "before"  # attention "before" the cell or "after" it, or after it and "feeding"
+    score: str = "additive"  # or "dot"
+    layers: int = 1
+    tokens: str = "given"  # or "chosen", some of them, by the step before
+    dtype: str = "f32"
+    mode: str = "train"
 
 
 def dtypes(dtype: torch.dtype) -> tuple[str, str]:
@@ -43,25 +82,75 @@ def dtypes(dtype: torch.dtype) -> tuple[str, str]:
     return ("tf32" if torchs else "f32"), ("tf32" if ours else "f32")
 
 
-def kind_of(cell: str, dtype: str, layers: int, directions: int, packed: bool, train: bool) -> Kind:
-    form = (
-        "packed" if packed else "stacked" if layers > 1 else "both" if directions > 1 else "plain"
-    )
-    return Kind(cell, dtype, form, "train" if train else "inf")
-
-
 @functools.cache
 def device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
+
+
+def _rows(device: str, part: str) -> list[dict]:
+    return TABLE.get(device, {}).get(part, [])
+
+
+def _is_of(row: dict, kind: NamedTuple) -> bool:
+    return all(row[field] == value for field, value in kind._asdict().items())
+
+
+def unproved(index: int, cell: str, dtype: str, part: str = "recurrent") -> str | None:
+    """Why kernels can't be anybody's default on a device, by its index; None where they can."""
+    if not TABLE:
+        return "not yet measured on a device"
+    device = device_name(index)
+    if device not in TABLE:
+        return f"not yet measured on {device}"
+    for row in _rows(device, part):
+        if "wrong" in row and (row["cell"], row["dtype"]) == (cell, dtype):
+            return f"wrong when it was measured on {device}: {row['wrong']}"
+    return None
+
+
+# All that torch.compiler.assume_constant_result does, which imports the compiler to do it.
+unproved._dynamo_marked_constant = True
+
+
+def cudnn_algorithm(kind: Kind, size: Size) -> tuple[str, ...]:
+    """What torch has cuDNN do, forward and in training backward: "small", "persistent" or
+    "standard". Calls of different algorithms say nothing about each other's times.
+
+    Source: get_algo in aten/src/ATen/native/cudnn/RNN.cpp, for devices that have all three.
+    """
+    gated = kind.cell in ("lstm", "gru")
+    # Units up to which the weights fit one multiprocessor, forward and backward.
+    most = (192, 128) if gated else (384, 256)
+    persistent = (
+        (kind.dtype, kind.layers, kind.directions) == ("f16", 1, 1)
+        and kind.cell != "gru"
+        and size.H <= 1024
+        and size.H % 128 == size.I % 128 == size.B % 8 == 0
+        and size.B <= 128
+        and (gated or size.B < 96 or size.H < 896)
+    )
+    found = []
+    for units in most[: 1 + (kind.mode == "train")]:
+        if kind.packed or kind.projected:
+            found.append("standard")
+        elif size.H <= units and kind.dtype != "f64":
+            found.append("small")
+        else:
+            found.append("persistent" if persistent else "standard")
+    return tuple(found)
+
+
+# By what factor a call's rows and units may differ from those of a row, and its steps fall short.
+_LIKE = {"B": 4, "H": 2}
+_SHORTER = 4
 
 
 class _Found(NamedTuple):
     """The row of a kind that comes nearest to a size, H first."""
 
     size: str
-    torch: float
-    way: str
-    ours: float
+    torch: dict[str, float]  # by the dtype of its products
+    ours: dict[str, float]  # by way
 
 
 # What was found, by what was asked for, and in which table: looking takes longer than launching.
@@ -69,56 +158,69 @@ _found: dict[tuple, _Found | None] = {}
 _found_in: list[dict] = []
 
 
-def _nearest(device: str, kind: Kind, torchs_dtype: str, B: int, H: int) -> _Found | None:
+def _nearest(device: str, kind: Kind, size: Size) -> _Found | None:
     if not _found_in or _found_in[0] is not TABLE or len(_found) > 4096:
         _found.clear()
         _found_in[:] = [TABLE]
-    asked = device, kind, torchs_dtype, B, H
+    # Lengths differ from batch to batch.
+    size = size._replace(T=1 << max(size.T, 1).bit_length() - 1)
+    asked = device, kind, size
     if asked not in _found:
         _found[asked] = _look(*asked)
     return _found[asked]
 
 
-def _look(device: str, kind: Kind, torchs_dtype: str, B: int, H: int) -> _Found | None:
-    def of(kind: Kind) -> list[dict]:
-        wanted = kind._asdict().items()
-        return [row for row in TABLE.get(device, ()) if all(row[k] == v for k, v in wanted)]
+def _look(device: str, kind: Kind, size: Size) -> _Found | None:
+    algorithm = cudnn_algorithm(kind, size)
 
-    def distance(row: dict) -> tuple[float, float]:
-        return abs(math.log2(max(H, 1) / row["H"])), abs(math.log2(max(B, 1) / row["B"]))
+    def distance(row: dict, letter: str) -> float:
+        return abs(math.log2(max(getattr(size, letter), 0.5) / row[letter]))
 
-    row = min(of(kind), key=distance, default=None)
+    def is_like(row: dict) -> bool:
+        return (
+            "wrong" not in row
+            and _is_of(row, kind)
+            and all(distance(row, letter) <= math.log2(by) for letter, by in _LIKE.items())
+            and size.T * _SHORTER >= row["T"]
+            and cudnn_algorithm(kind, Size(*(row[letter] for letter in Size._fields))) == algorithm
+        )
+
+    like = filter(is_like, _rows(device, "recurrent"))
+    row = min(like, key=lambda row: (distance(row, "H"), distance(row, "B")), default=None)
     if row is None:
         return None
-    size = {k: row[k] for k in "TBH"}
-    # torch's side under its own switch of precision, where that was measured at the same size.
-    theirs = [r for r in of(kind._replace(dtype=torchs_dtype)) if size.items() <= r.items()]
-    way, ours = min(((way, row[way]) for way in WAYS if way in row), key=lambda pair: pair[1])
-    said = ", ".join(f"{k} {n}" for k, n in size.items())
-    return _Found(said, (theirs or [row])[0]["torch"], way, ours)
+    said = ", ".join(f"{letter} {row[letter]}" for letter in "TBH")
+    return _Found(said, row["torch"], {way: row[way] for way in WAYS if way in row})
 
 
-def fastest_way(device: str, kind: Kind, B: int, H: int) -> str | None:
-    """Of csrc/cuda, at the nearest size measured; None where nothing was."""
-    found = _nearest(device, kind, kind.dtype, B, H)
-    return None if found is None else found.way
+def fastest_way(device: str, kind: Kind, size: Size) -> str | None:
+    """Of csrc/cuda, at the nearest size measured of a single layer; None where nothing was."""
+    found = _nearest(device, kind._replace(layers=1), size)
+    return None if found is None else min(found.ours, key=found.ours.get)
 
 
-def torchs_reason(
-    device: str, kind: Kind, torchs_dtype: str, layers: int, B: int, H: int
-) -> str | None:
-    """Why a call is left to torch, on a GPU cuDNN; None where the kernels are to run it.
+def torchs_reason(device: str, kind: Kind, torchs_dtype: str, size: Size) -> str | None:
+    """Why a call is left to torch, on a GPU cuDNN; None where the kernels took less time, by the
+    way they would go, at the nearest size measured of its kind, or as much."""
+    found, way = _nearest(device, kind, size), fastest_way(device, kind, size)
+    ours = None if found is None else found.ours.get(way)
+    theirs = None if found is None else found.torch.get(torchs_dtype)
+    if ours is None or theirs is None:
+        return f"no call of such a kind and size was measured on {device}"
+    if ours <= theirs:
+        return None
+    return f"cuDNN was measured faster at {found.size}: {theirs:.3g} ms, by `{way}` {ours:.3g} ms"
 
-    Measured: whichever took less at the nearest size. Else cuDNN has what it has its persistent
-    kernel for, and the kernels the rest.
-    """
-    found = _nearest(device, kind, torchs_dtype, B, H)
-    if found is not None:
-        if found.ours <= found.torch:
-            return None
-        times = f"{found.torch:.3g} ms, by `{found.way}` {found.ours:.3g} ms"
-        return f"cuDNN was measured faster at {found.size}: {times}"
-    persistent = kind.dtype == "f16" and kind.form == "plain" and layers == 1
-    if persistent and H % 128 == 0 and B % 8 == 0 and 0 < B <= 128:
-        return f"cuDNN has a persistent kernel for such a call, and none was measured on {device}"
+
+def decoders_reason(device: str, kind: DecoderKind) -> str | None:
+    """Why a decoder is left to torch; None where ours took less at every size measured."""
+    rows = [row for row in _rows(device, "decoder") if _is_of(row, kind)]
+    if not rows:
+        return f"no decoder of such a kind was measured on {device}"
+    for row in rows:
+        theirs = min(row["torch"].values())
+        if row["ours"] > theirs:
+            size = ", ".join(f"{letter} {row[letter]}" for letter in "BTSH")
+            times = f"{theirs:.3g} ms, the kernels' loop {row['ours']:.3g} ms"
+            return f"torch was measured faster at {size}: {times}"
     return None

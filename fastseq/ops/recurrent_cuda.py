@@ -254,7 +254,7 @@ def forward(cell, x, h0, c0, weights, has_biases, directions, batch_sizes, lengt
             given = Among.of(sides, tokens, masks, x)
             flat, more = given.masks, (given.w_hr, given.keep, raw, handed)
         torch.ops.fastseq.recurrent_cuda_fwd(
-            cell, wanted(kind, x, H, tokens, D, save), stream, tokens.steps, zx,
+            cell, wanted(kind, x, H, tokens, D, save, projected), stream, tokens.steps, zx,
             [side.recurrent(behind) for side in sides], b_hh,
             [_params(kind, side) for side in sides if kind.params], flat, tokens.first,
             tokens.lengths, tokens.flat(resets), h, c, y, kept, *more,
@@ -336,8 +336,8 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
             before = raw.view(tokens.count, D, H)
             dy_h, dh_h = behind.gradients_of_steps(dy, dh_n, before, tokens.without_padding)
         torch.ops.fastseq.recurrent_cuda_bwd(
-            cell, wanted(kind, x, H, tokens, D, True), stream, tokens.steps, tokens.rows, kept,
-            dy_h, dh_h, dc_n, h0_h, c0, [side.recurrent(behind) for side in sides],
+            cell, wanted(kind, x, H, tokens, D, True, projected), stream, tokens.steps, tokens.rows,
+            kept, dy_h, dh_h, dc_n, h0_h, c0, [side.recurrent(behind) for side in sides],
             [_params(kind, side) for side in sides if kind.params], flat, tokens.first,
             tokens.lengths, tokens.flat(resets), dsums, hidden, dh0, dc0, *more,
         )  # fmt: skip
@@ -371,19 +371,21 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
     return [dx.view(x.shape), *out] if need_dx else out
 
 
-def wanted(kind, x: Tensor, H: int, tokens: _Tokens, directions: int, train: bool) -> int:
+def wanted(kind, x: Tensor, H: int, tokens: _Tokens, directions: int, train: bool,
+           projected: bool) -> int:  # fmt: skip
     """The way to go, for the op: ``way``, or what was fastest where something was measured."""
     if way != ANY_WAY or not measured_cuda.TABLE or not x.is_cuda:
         return way
     _, dtype = measured_cuda.dtypes(x.dtype)
-    packed = tokens.first is not None
-    like = measured_cuda.kind_of(kind.reference, dtype, 1, directions, packed, train)
-    return _measured(x.device, like, tokens.rows, H)
+    packed, mode = tokens.first is not None, "train" if train else "inf"
+    like = measured_cuda.Kind(kind.reference, dtype, 1, directions, packed, projected, mode)
+    size = measured_cuda.Size(tokens.steps, tokens.rows, x.shape[-1], H)
+    return _measured(x.device, like, size)
 
 
-def _measured(device: torch.device, like: measured_cuda.Kind, B: int, H: int) -> int:
+def _measured(device: torch.device, like: measured_cuda.Kind, size: measured_cuda.Size) -> int:
     """What was fastest, if it can run the call."""
-    found = measured_cuda.fastest_way(measured_cuda.device_name(device.index), like, B, H)
+    found = measured_cuda.fastest_way(measured_cuda.device_name(device.index), like, size)
     return ANY_WAY if found is None else NAMES.index(found) | IF_IT_CAN
 
 
@@ -399,20 +401,21 @@ def row_bytes(H: int, dtype: torch.dtype) -> int:
     return (256 + 10 * H) * (8 if dtype == torch.float64 else 4)
 
 
-def ways(kind, dtype: torch.dtype, H: int, B: int, directions: int, device: torch.device,
-         like: measured_cuda.Kind | None = None, among: bool = False) -> tuple:  # fmt: skip
+def ways(kind, dtype: torch.dtype, size: measured_cuda.Size, directions: int,
+         device: torch.device, like: measured_cuda.Kind | None = None,
+         among: bool = False) -> tuple:  # fmt: skip
     """How the two passes of a layer go from step to step, by name; launches nothing.
 
     Args:
-        kind, dtype, H, B, directions, device: of the call.
+        kind, dtype, size, directions, device: of the call.
         like: the same as the table of measurements knows it; None: by the plans alone.
         among: whether h is projected among the steps.
     """
     chosen = STEP if among else way
     if chosen == ANY_WAY and like is not None:
-        chosen = _measured(device, like, B, H)
-    size = kind.number, dtype.itemsize, chosen, H, B, directions
-    passes = (_native.cuda_way(*size, backward, *limits(device)) for backward in (False, True))
+        chosen = _measured(device, like, size)
+    given = kind.number, dtype.itemsize, chosen, size.H, size.B, directions
+    passes = (_native.cuda_way(*given, backward, *limits(device)) for backward in (False, True))
     return tuple(NAMES[taken] for taken in passes)
 
 

@@ -1,25 +1,197 @@
-"""The table by which a GPU's calls are chosen, as the benchmark writes it."""
+"""The table by which a GPU's calls are chosen, as the benchmarks write it: run on the host."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 
-from benchmarks import bench_recurrent_gpu
+import pytest
+import torch
+
+import fastseq
+from benchmarks import bench_decoder, bench_recurrent_gpu
+from benchmarks.plot import read_results
+from fastseq import _native, functional
 from fastseq.ops import measured_cuda
+from fastseq.ops.measured_cuda import DecoderKind, Kind, Size
+from tests.cuda.on_host import COMPILER, load, on_host
+
+if not _native.loaded() or COMPILER is None:
+    pytest.skip("no compiler to build the kernels for the host", allow_module_level=True)
+
+SMALL = (3, 4, 5, 6)
 
 
-def test_what_is_written_is_what_is_chosen_by(tmp_path, monkeypatch):
-    monkeypatch.setattr(measured_cuda, "TABLE", {"another": [{"kept": 1}], "a GPU": [{"old": 1}]})
-    about = dict(cell="lstm", form="plain", dtype="bf16", T=50, B=64, I=512, H=512)
-    found = [
-        about | dict(mode="train", status="ok", torch_ms="2.0", step_ms="3.0", grid_ms="1.0"),
-        about | dict(mode="inf", status="grid is wrong: y"),
-    ]
-    bench_recurrent_gpu.write_table(tmp_path / "table.json", "a GPU", found)
-    table = json.loads((tmp_path / "table.json").read_text())
-    assert table["another"] == [{"kept": 1}] and len(table["a GPU"]) == 1
+def milliseconds(calls, device, seconds):
+    """Each runs; the later are the faster."""
+    for call in calls.values():
+        call()
+    return {name: float(len(calls) - i) for i, name in enumerate(calls)}
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """The benchmarks as they run on a GPU, on the host."""
+    load()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    for cls in (torch.Tensor, torch.nn.Module):
+        monkeypatch.setattr(cls, "cuda", lambda self: self)
+    monkeypatch.setattr(fastseq, "use_backend", lambda name: contextlib.nullcontext())
+    for module in (bench_recurrent_gpu, bench_decoder):
+        monkeypatch.setattr(module, "milliseconds", milliseconds)
+    monkeypatch.setattr(bench_recurrent_gpu, "busiest", lambda run: "a kernel")
+    monkeypatch.setattr(
+        measured_cuda, "TABLE", {"another": {"recurrent": [1]}, "a GPU": {"old": []}}
+    )
+    with on_host():
+        yield
+
+
+def recurrent(tmp_path, monkeypatch, cases):
+    monkeypatch.setattr(bench_recurrent_gpu, "cases", lambda quick: iter(cases))
+    table = tmp_path / "table.json"
+    status = bench_recurrent_gpu.main(["--output", str(tmp_path), "--table", str(table)])
+    _, rows = read_results(tmp_path / "recurrent_gpu.csv")
+    return status, rows, json.loads(table.read_text())
+
+
+CASES = [
+    ("lstm", SMALL, "plain", "f32"),
+    ("lstm", SMALL, "plain", "tf32"),
+    ("lstm", SMALL, "projected", "f32"),
+    ("gru", SMALL, "both packed", "f32"),
+    ("rnn_tanh", SMALL, "plain", "f32"),
+]
+
+
+def test_every_case_is_checked_timed_and_chosen_by(host, tmp_path, monkeypatch):
+    status, rows, table = recurrent(tmp_path, monkeypatch, CASES)
+    assert status == 0 and [row["status"] for row in rows] == ["ok"] * 10
+    assert table["another"] == {"recurrent": [1]} and table["a GPU"].keys() == {"old", "recurrent"}
     monkeypatch.setattr(measured_cuda, "TABLE", table)
-    kind = measured_cuda.Kind("lstm", "bf16", "plain", "train")
-    assert measured_cuda.fastest_way("a GPU", kind, 64, 512) == "grid"
-    assert measured_cuda.fastest_way("a GPU", kind._replace(mode="inf"), 64, 512) is None
-    assert measured_cuda.torchs_reason("a GPU", kind, "bf16", 1, 64, 512) is None
+    size = Size(3, 4, 5, 6)
+    for mode in ("train", "inf"):
+        for kind in (
+            Kind("lstm", "f32", 1, 1, False, False, mode),
+            Kind("lstm", "tf32", 1, 1, False, False, mode),
+            Kind("lstm", "f32", 1, 1, False, True, mode),
+            Kind("gru", "f32", 1, 2, True, False, mode),
+            Kind("rnn_tanh", "f32", 1, 1, False, False, mode),
+        ):
+            assert measured_cuda.fastest_way("a GPU", kind, size) == "grid"
+            assert measured_cuda.torchs_reason("a GPU", kind, "tf32", size) is None
+            other = kind._replace(directions=3 - kind.directions)
+            assert "was measured" in measured_cuda.torchs_reason("a GPU", other, "tf32", size)
+    # Where cuDNN may not use TF32 and our products may, nothing was measured.
+    tf32 = Kind("lstm", "tf32", 1, 1, False, False, "inf")
+    assert "was measured" in measured_cuda.torchs_reason("a GPU", tf32, "f32", size)
+    row = table["a GPU"]["recurrent"][0]
+    assert row["torch"] == {"f32": 5.0, "tf32": 4.0} and (row["step"], row["grid"]) == (3.0, 1.0)
+
+
+def test_what_is_wrong_or_fails_stays_in_as_wrong(host, tmp_path, monkeypatch):
+    right = functional.lstm
+
+    def wrong(*arguments, **options):
+        y, *states = right(*arguments, **options)
+        return y * (1.001 if bench_recurrent_gpu.recurrent_cuda.way == 2 else 1), *states
+
+    def fails(*arguments, **options):
+        raise RuntimeError("CUDA error: illegal address\nmore")
+
+    monkeypatch.setattr(functional, "lstm", wrong)
+    monkeypatch.setattr(functional, "gru", fails)
+    status, rows, table = recurrent(tmp_path, monkeypatch, [CASES[0], CASES[3], CASES[4]])
+    assert status == 1 and rows[0]["status"].startswith("whole is wrong: out0: ")
+    assert rows[2]["status"].startswith("step is wrong: CUDA error: illegal address;")
+    assert not rows[0]["torch_ms"] and rows[4]["status"] == "ok"
+    found = table["a GPU"]["recurrent"]
+    assert ["wrong" in row for row in found] == [True] * 4 + [False] * 2
+    monkeypatch.setattr(measured_cuda, "TABLE", table)
+    monkeypatch.setattr(measured_cuda, "device_name", lambda index: "a GPU")
+    assert "whole is wrong" in measured_cuda.unproved(0, "lstm", "f32")
+    assert measured_cuda.unproved(0, "rnn_tanh", "f32") is None
+
+
+def test_a_time_that_cannot_be_taken_is_wrong_too(host, tmp_path, monkeypatch):
+    def no_time(calls, device, seconds):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bench_recurrent_gpu, "milliseconds", no_time)
+    status, rows, table = recurrent(tmp_path, monkeypatch, CASES[:1])
+    assert status == 1 and {row["status"] for row in rows} == {"failed: out of memory"}
+    assert all("wrong" in row for row in table["a GPU"]["recurrent"])
+
+
+def test_what_was_cut_off_keeps_its_rows(host, tmp_path, monkeypatch):
+    def interrupted(calls, device, seconds):
+        if (tmp_path / "table.json").exists():
+            raise KeyboardInterrupt
+        return milliseconds(calls, device, seconds)
+
+    monkeypatch.setattr(bench_recurrent_gpu, "milliseconds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recurrent(tmp_path, monkeypatch, CASES)
+    found = json.loads((tmp_path / "table.json").read_text())["a GPU"]["recurrent"]
+    assert [row["mode"] for row in found] == ["train"]
+
+
+def test_the_cases_of_a_whole_run():
+    cases = list(bench_recurrent_gpu.cases(False))
+    assert len(set(cases)) == len(cases) and cases[0] == ("lstm", (100, 64, 96, 96), "plain", "f32")
+    for cell in ("lstm", "gru"):
+        for form in bench_recurrent_gpu.FORMS.keys() - {"projected"}:
+            assert {dtype for c, _, f, dtype in cases if (c, f) == (cell, form)} >= {"f32", "bf16"}
+    assert {c for c, _, form, _ in cases if form == "projected"} == {"lstm"}
+
+
+def decoder(tmp_path, monkeypatch):
+    monkeypatch.setitem(bench_decoder.SIZES, "cuda", [(2, 7, 4, 5, 6, 7, 8)])
+    monkeypatch.setattr(bench_decoder, "VOCABULARY", 9)
+    monkeypatch.setattr(bench_decoder, "captured", lambda run: {"captured": run})
+    build = bench_decoder.build
+    monkeypatch.setattr(
+        bench_decoder, "build", lambda size, kind, device, *steps: build(size, kind, "cpu", *steps)
+    )
+    table = tmp_path / "table.json"
+    given = ["--device", "cuda", "--output", str(tmp_path), "--table", str(table)]
+    status = bench_decoder.main(given)
+    _, rows = read_results(tmp_path / "decoder_cuda.csv")
+    return status, rows, json.loads(table.read_text())
+
+
+def test_decoders_come_into_the_table_by_their_kind(host, tmp_path, monkeypatch):
+    status, rows, table = decoder(tmp_path, monkeypatch)
+    assert status == 0 and {row["status"] for row in rows} == {"ok"}
+    monkeypatch.setattr(measured_cuda, "TABLE", table)
+    for cell, order, tokens in bench_decoder.KINDS["cuda"]:
+        for mode in ("train", "inf") if tokens == "given" else ("inf",):
+            kind = DecoderKind(cell, order, tokens=tokens, mode=mode)
+            # Here fastseq's side is the first of three.
+            reason = measured_cuda.decoders_reason("a GPU", kind)
+            assert "measured faster at B 2, T 7, S 4, H 6: 1 ms" in reason
+            assert "no decoder" in measured_cuda.decoders_reason("a GPU", kind._replace(layers=2))
+    for row in table["a GPU"]["decoder"]:
+        row["ours"] = 0.5
+    assert measured_cuda.decoders_reason("a GPU", DecoderKind("gru", mode="train")) is None
+
+
+def test_wrong_decoders_stay_in_as_wrong(host, tmp_path, monkeypatch):
+    right = functional.attention_decoder
+
+    def wrong(*arguments, **options):
+        decoded = right(*arguments, **options)
+        return decoded._replace(features=1.001 * decoded.features)
+
+    monkeypatch.setattr(functional, "attention_decoder", wrong)
+    status, _, table = decoder(tmp_path, monkeypatch)
+    assert status == 1 and all("wrong" in row for row in table["a GPU"]["decoder"])
+    monkeypatch.setattr(measured_cuda, "TABLE", table)
+    monkeypatch.setattr(measured_cuda, "device_name", lambda index: "a GPU")
+    assert "features" in measured_cuda.unproved(0, "gru", "f32", "decoder")
+
+
+def test_the_table_is_a_gpus(tmp_path):
+    with pytest.raises(SystemExit):
+        bench_decoder.main(["--table", str(tmp_path / "t.json"), "--output", str(tmp_path)])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import fastseq
 from fastseq import _native, functional, nn
+from fastseq.functional.decoder import picks_obstacle
 from fastseq.ops import measured_cuda, recurrent_cuda
 from fastseq.ops import recurrent as op
 
@@ -24,16 +26,33 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(measured_cuda, "device_name", lambda index: "a GPU")
     monkeypatch.setattr(recurrent_cuda, "limits", lambda device: H200)
-    monkeypatch.setattr(torch.nn.init, "uniform_", lambda tensor, *bounds: tensor)
+    for name in ("uniform_", "kaiming_uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *bounds, **more: tensor)
     with FakeTensorMode():
         yield
 
 
-def plant(monkeypatch, *rows):
+def row(torchs=2.0, **changed):
+    """Of the table: torch's time is that of every dtype, ours those of `step`, or as given."""
+    times = {"step": 1.0} if not changed.keys() & {*measured_cuda.WAYS} else {}
+    kind = measured_cuda.Kind("lstm", "f32", 1, 1, False, False, "train")._asdict()
+    theirs = torchs if isinstance(torchs, dict) else {n: torchs for n in ("f32", "bf16", "f16")}
+    return kind | dict(T=50, B=64, I=512, H=512, torch=theirs) | times | changed
+
+
+def plant(monkeypatch, *rows, decoder=()):
     """A table of one device."""
-    names = ("cell", "dtype", "form", "mode", "T", "B", "H", "torch", "step", "whole", "grid")
-    table = [{n: v for n, v in zip(names, row, strict=True) if v is not None} for row in rows]
-    monkeypatch.setattr(measured_cuda, "TABLE", {"a GPU": table})
+    table = {"a GPU": {"recurrent": list(rows), "decoder": list(decoder)}}
+    monkeypatch.setattr(measured_cuda, "TABLE", table)
+
+
+@pytest.fixture
+def exact():
+    """cuDNN's products are float32, as ours are by default."""
+    switch = torch.backends.cudnn.rnn
+    before, switch.fp32_precision = switch.fp32_precision, "ieee"
+    yield
+    switch.fp32_precision = before
 
 
 def said(layer, *shape, dtype=torch.float32, **options):
@@ -61,7 +80,8 @@ def test_explain_names_the_way(a_gpu, layer, B, H, dtype, way):
 WORDS = {
     "step": "a product and a launch a step",
     "whole": "one launch a layer, the weights in a block's shared memory",
-    "grid": "one launch a layer, the weights in blocks that meet at each step",
+    "grid": "one launch a layer, the weights in blocks that meet at each step, "
+    "or `step` should the device refuse to run all of them at once",
 }
 
 
@@ -81,7 +101,7 @@ def test_explain_names_the_way_of_each_pass_and_of_what_must_go_step_by_step(a_g
 
 
 def test_rows_too_wide_to_be_normalised_are_the_reference_s(a_gpu, monkeypatch):
-    monkeypatch.setattr(measured_cuda, "TABLE", {"a GPU": []})
+    monkeypatch.setattr(measured_cuda, "TABLE", {"a GPU": {}})
     assert said(nn.LayerNormLSTM, 5, 3, 8, H=5785).backend == "cuda"
     found = said(nn.LayerNormLSTM, 5, 3, 8, H=5786)
     assert found.backend == "torch" and "rows of 5786 units" in found.reason
@@ -101,10 +121,9 @@ def test_nothing_measured_anywhere_leaves_all_to_torch(a_gpu):
 
 
 @pytest.mark.parametrize("torchs, ours, backend", [(1.0, 2.0, "torch"), (2.0, 1.0, "cuda")])
-def test_whichever_was_measured_faster_runs(a_gpu, monkeypatch, torchs, ours, backend):
-    plant(monkeypatch, ("lstm", "f32", "plain", "train", 50, 64, 512, torchs, 3.0, None, ours))
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        found = said(nn.LSTM, 20, 32, 16, H=500)
+def test_whichever_was_measured_faster_runs(a_gpu, exact, monkeypatch, torchs, ours, backend):
+    plant(monkeypatch, row(torchs, step=3.0, grid=ours))
+    found = said(nn.LSTM, 20, 32, 16, H=500)
     assert found.backend == backend
     if backend == "torch":
         assert found.reason == (
@@ -114,104 +133,297 @@ def test_whichever_was_measured_faster_runs(a_gpu, monkeypatch, torchs, ours, ba
             assert said(nn.LSTM, 20, 32, 16, H=500).backend == "cuda"
 
 
-def test_the_nearest_size_of_the_same_kind_counts(a_gpu, monkeypatch):
-    def row(cell="gru", dtype="bf16", form="plain", mode="train", B=64, H=512, torchs=2.0):
-        return (cell, dtype, form, mode, 50, B, H, torchs, 1.0, None, None)
+# What a call must have in common with the only row there is, `torch.nn.GRU(16, 512)` in training.
+OTHERS = {
+    "more units": dict(H=1025),
+    "fewer units": dict(H=255),
+    "more rows": dict(B=257),
+    "fewer rows": dict(B=15),
+    "fewer steps": dict(T=8),
+    "cell": dict(layer=nn.LSTM),
+    "dtype": dict(dtype=torch.float16),
+    "directions": dict(bidirectional=True),
+    "layers": dict(num_layers=3),
+    "packed": dict(packed=True),
+    "inference": dict(train=False),
+}
 
-    plant(
-        monkeypatch,
-        row(),
-        row(H=1024, torchs=0.5),
-        row(B=8, torchs=0.5),
-        row(cell="lstm", torchs=0.5),
-        row(form="both", torchs=0.5),
-        row(form="stacked", torchs=0.5),
-        row(mode="inf", torchs=0.5),
-        row(dtype="f16", torchs=0.5),
-    )
-    half = dict(dtype=torch.bfloat16)
-    assert said(nn.GRU, 9, 50, 16, H=512, **half).backend == "cuda"
-    assert said(nn.GRU, 9, 50, 16, H=900, **half).backend == "torch"
-    assert said(nn.GRU, 9, 9, 16, H=512, **half).backend == "torch"
-    assert said(nn.LSTM, 9, 50, 16, H=512, **half).backend == "torch"
-    assert said(nn.GRU, 9, 50, 16, H=512, bidirectional=True, **half).backend == "torch"
-    assert said(nn.GRU, 9, 50, 16, H=512, num_layers=2, **half).backend == "torch"
-    assert said(nn.GRU, 9, 50, 16, H=512, dtype=torch.float16).backend == "torch"
-    with torch.no_grad():
-        assert said(nn.GRU, 9, 50, 16, H=512, **half).backend == "torch"
+
+def call_like(layer=nn.GRU, T=16, B=200, H=300, dtype=torch.bfloat16, train=True, packed=False,
+              **options):  # fmt: skip
+    module = layer(16, H, device="cuda", dtype=dtype, **options)
+    x = torch.empty(T, B, 16, device="cuda", dtype=dtype)
+    if packed:
+        with unset_fake_temporarily():
+            sizes = torch.full((T,), B)
+        x = torch.nn.utils.rnn.PackedSequence(x.flatten(0, 1), sizes)
+    with torch.set_grad_enabled(train), unset_fake_temporarily():
+        return fastseq.explain(module, x)
+
+
+def test_what_was_not_measured_is_torchs(a_gpu, monkeypatch):
+    like = dict(cell="gru", dtype="bf16", I=16)
+    plant(monkeypatch, row(**like), row(layers=2, **like))
+    assert call_like().backend == "cuda" and call_like(num_layers=2).backend == "cuda"
+    for name, others in OTHERS.items():
+        found = call_like(**others)
+        assert found.backend == "torch" and "was measured on a GPU" in found.reason, name
+    plant(monkeypatch, row(**like))
+    assert call_like(num_layers=2).backend == "torch"
+    # Nothing needs a gradient: an inference.
+    plant(monkeypatch, row(mode="inf", **like))
+    module = nn.GRU(16, 512, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.empty(50, 64, 16, device="cuda", dtype=torch.bfloat16)
+    assert fastseq.explain(module, x).backend == "cuda"
+    # What torch has no layer for is nobody else's.
+    assert said(nn.LSTM, 20, 64, 16, H=512, zoneout=0.1).backend == "cuda"
+
+
+def test_each_row_speaks_for_its_own_kind(a_gpu, exact, monkeypatch):
+    slower = [
+        dict(H=1024),
+        dict(B=8),
+        dict(cell="lstm"),
+        dict(directions=2),
+        dict(layers=2),
+        dict(packed=True),
+        dict(projected=True, cell="lstm"),
+        dict(mode="inf"),
+        dict(dtype="f16"),
+    ]
+    like = dict(cell="gru", dtype="bf16")
+    plant(monkeypatch, row(**like), *(row(0.5, **(like | other)) for other in slower))
+    assert call_like(B=50, H=512).backend == "cuda"
+    for others in (
+        dict(H=900), dict(B=9), dict(layer=nn.LSTM), dict(bidirectional=True),
+        dict(num_layers=2), dict(packed=True), dict(train=False), dict(dtype=torch.float16),
+        dict(layer=nn.LSTM, proj_size=8),
+    ):  # fmt: skip
+        given = dict(B=50, H=512) | others
+        assert "measured faster" in call_like(**given).reason, others
+
+
+def test_a_projection_is_chosen_by_rows_that_are_projected(a_gpu, exact, monkeypatch):
+    fast, slow = dict(step=9.0, whole=1.0), dict(step=1.0, whole=9.0)
+    plant(monkeypatch, row(H=96, **slow), row(H=96, I=96, projected=True, **fast))
+    projected, plain = (said(nn.LSTM, 50, 64, 96, H=96, proj_size=P) for P in (8, 0))
+    assert "`whole`" in projected.reason and projected.backend == "cuda"
+    assert "`step`" in plain.reason and plain.backend == "cuda"
+    plant(monkeypatch, row(H=96, **slow))
+    assert said(nn.LSTM, 50, 64, 96, H=96, proj_size=8).backend == "torch"
+
+
+def test_a_stack_is_judged_by_the_way_its_layers_go(a_gpu, exact, monkeypatch):
+    """`grid` would be faster for two layers; one alone goes by `step`."""
+    one, two = row(step=1.0, grid=2.0), row(2.0, layers=2, step=3.0, grid=1.0)
+    plant(monkeypatch, one, two)
+    found = said(nn.LSTM, 50, 64, 512, H=512, num_layers=2)
+    assert found.backend == "torch" and "2 ms, by `step` 3 ms" in found.reason
+    plant(monkeypatch, two)
+    assert said(nn.LSTM, 50, 64, 512, H=512, num_layers=2).backend == "torch"
 
 
 def test_each_side_under_its_own_switch_of_precision(a_gpu, monkeypatch):
     """By default cuDNN may round to TF32 and products may not."""
-    plant(
-        monkeypatch,
-        ("lstm", "f32", "plain", "train", 50, 64, 512, 2.0, 1.0, None, None),
-        ("lstm", "tf32", "plain", "train", 50, 64, 512, 0.5, 0.4, None, None),
-    )
-    assert torch.backends.cudnn.rnn.fp32_precision == "tf32"
-    assert said(nn.LSTM, 20, 64, 16, H=512).backend == "torch"
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        assert said(nn.LSTM, 20, 64, 16, H=512).backend == "cuda"
-    torch.backends.cuda.matmul.allow_tf32 = True
+    both = {"f32": 2.0, "tf32": 0.5}
+    plant(monkeypatch, row(both), row({"tf32": 0.5}, dtype="tf32", step=0.4))
+    cudnn, matmul = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    assert (cudnn.fp32_precision, matmul.fp32_precision) == ("tf32", "none")
     try:
-        assert said(nn.LSTM, 20, 64, 16, H=512).backend == "cuda"
+        for theirs, ours, backend in (
+            ("tf32", "ieee", "torch"), ("ieee", "ieee", "cuda"),
+            ("tf32", "tf32", "cuda"), ("ieee", "tf32", "torch"),
+        ):  # fmt: skip
+            cudnn.fp32_precision, matmul.fp32_precision = theirs, ours
+            assert said(nn.LSTM, 20, 64, 16, H=512).backend == backend, (theirs, ours)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        cudnn.fp32_precision, matmul.fp32_precision = "tf32", "none"
 
 
-def test_what_was_not_measured_is_torchs_where_cudnn_has_its_persistent_kernel(a_gpu, monkeypatch):
-    monkeypatch.setattr(measured_cuda, "TABLE", {"another GPU": []})
+def kind_and_size(cell="lstm", dtype="f16", layers=1, directions=1, packed=False, projected=False,
+                  mode="train", T=50, B=64, I=256, H=256):  # noqa: E741  # fmt: skip
+    kind = measured_cuda.Kind(cell, dtype, layers, directions, packed, projected, mode)
+    return kind, measured_cuda.Size(T, B, I, H)
+
+
+@pytest.mark.parametrize(
+    "given, algorithm",
+    [
+        (dict(), "persistent"),
+        (dict(B=128, H=1024), "persistent"),
+        (dict(cell="rnn_tanh", H=512, B=96), "persistent"),
+        (dict(cell="rnn_tanh", H=896, B=96), "standard"),
+        (dict(cell="rnn_relu", H=896, B=88), "persistent"),
+        *((dict([it]), "standard") for it in (
+            ("cell", "gru"), ("dtype", "bf16"), ("dtype", "f32"), ("layers", 2), ("directions", 2),
+            ("packed", True), ("projected", True), ("H", 1152), ("H", 250), ("I", 250), ("B", 63),
+            ("B", 136),
+        )),
+        *((dict(cell=cell, dtype=dtype, H=H, directions=2), "small")
+          for cell, H in (("lstm", 128), ("gru", 128), ("rnn_tanh", 256))
+          for dtype in ("f32", "bf16", "tf32")),
+        (dict(H=128, dtype="f64"), "standard"),
+        (dict(H=128, packed=True), "standard"),
+        (dict(H=128, projected=True), "standard"),
+    ],
+)  # fmt: skip
+def test_what_torch_has_cudnn_do(given, algorithm):
+    assert measured_cuda.cudnn_algorithm(*kind_and_size(**given)) == (algorithm,) * 2
+    forward = measured_cuda.cudnn_algorithm(*kind_and_size(mode="inf", **given))
+    assert forward == (algorithm,)
+
+
+def test_small_layers_go_backward_by_another_algorithm():
+    for cell, forward, backward in (("lstm", 192, 128), ("gru", 192, 128), ("rnn_relu", 384, 256)):
+        of = lambda H, cell=cell: measured_cuda.cudnn_algorithm(*kind_and_size(cell, "f32", H=H))  # noqa: E731
+        assert of(backward) == ("small", "small") and of(forward) == ("small", "standard")
+        assert of(backward + 1) == ("small", "standard") and of(forward + 1) == ("standard",) * 2
+
+
+def test_times_of_another_algorithm_of_cudnns_say_nothing(a_gpu, monkeypatch):
+    plant(monkeypatch, row(dtype="f16", I=500, H=500))
     half = dict(dtype=torch.float16)
-    found = said(nn.LSTM, 20, 64, 16, H=512, **half)
-    assert found.backend == "torch" and "persistent kernel" in found.reason
-    for B, options in (
-        (64, dict(H=500)),
-        (63, dict(H=512)),
-        (136, dict(H=512)),
-        (64, dict(H=512, num_layers=2)),
-        (64, dict(H=512, bidirectional=True)),
-    ):
-        assert said(nn.LSTM, 20, B, 16, **options, **half).backend == "cuda"
-    assert said(nn.LSTM, 20, 64, 16, H=512, dtype=torch.bfloat16).backend == "cuda"
-    # What torch has no layer for is nobody else's.
-    assert said(nn.LSTM, 20, 64, 16, H=512, zoneout=0.1, **half).backend == "cuda"
+    assert said(nn.LSTM, 50, 64, 512, H=500, **half).backend == "cuda"
+    assert said(nn.LSTM, 50, 64, 512, H=512, **half).backend == "torch"
+    assert said(nn.LSTM, 50, 63, 512, H=512, **half).backend == "cuda"
+    assert said(nn.LSTM, 50, 64, 500, H=512, **half).backend == "cuda"
 
 
-def test_a_single_step_stays_torchs_and_a_decoder_does_not(a_gpu, monkeypatch):
-    monkeypatch.setattr(measured_cuda, "TABLE", {"another GPU": []})
+def test_a_table_is_one_devices(a_gpu, monkeypatch):
+    monkeypatch.setattr(measured_cuda, "TABLE", {"another GPU": {"recurrent": [row()]}})
+    for options in ({}, dict(zoneout=0.1)):
+        found = said(nn.LSTM, 20, 64, 16, H=512, **options)
+        assert found.backend == "torch"
+        assert "not yet measured on a GPU; use_backend('cuda')" in found.reason
+    with fastseq.use_backend("cuda"):
+        assert said(nn.LSTM, 20, 64, 16, H=512).backend == "cuda"
+
+
+def test_what_was_wrong_is_torchs_with_all_of_its_cell_and_dtype(a_gpu, exact, monkeypatch):
+    wrong = {n: v for n, v in row(directions=2, wrong="grid: y").items() if n not in WAYS_AND_TORCH}
+    plant(monkeypatch, row(), wrong, row(dtype="bf16"), row(cell="gru"))
+    for options in ({}, dict(zoneout=0.1)):
+        found = said(nn.LSTM, 50, 64, 512, H=512, **options)
+        assert found.backend == "torch" and "wrong when it was measured" in found.reason
+    assert said(nn.LSTM, 50, 64, 512, H=512, dtype=torch.bfloat16).backend == "cuda"
+    assert said(nn.GRU, 50, 64, 512, H=512).backend == "cuda"
+
+
+WAYS_AND_TORCH = {*measured_cuda.WAYS, "torch"}
+
+
+def test_a_compiled_graph_asks_for_the_device_too(a_gpu, monkeypatch):
+    """By what is constant while it is traced."""
+    plant(monkeypatch, row())
+    asked = torch.compile(
+        lambda t: t + 1 if measured_cuda.unproved(0, "lstm", "f32") else t - 1,
+        backend="eager",
+        fullgraph=True,
+    )
+    assert measured_cuda.unproved(0, "lstm", "f32") is None
+    monkeypatch.setattr(measured_cuda, "device_name", lambda index: f"GPU {index}")
+    assert measured_cuda.unproved(1, "lstm", "f32") == "not yet measured on GPU 1"
+    with unset_fake_temporarily():
+        assert asked(torch.zeros(())) == 1
+
+
+def decoder_row(**changed):
+    kind = measured_cuda.DecoderKind("gru")._asdict()
+    sizes = dict(B=64, T=40, S=40, E=8, H=512, K=512, C=1024)
+    return kind | sizes | dict(torch={"eager": 3.0, "captured": 2.0}, ours=1.0) | changed
+
+
+def explain_decoder(**options):
+    kind = options.pop("kind", "gru")
+    cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[kind](8, 16, device="cuda")
+    keys = torch.empty(3, 7, 16, device="cuda")
+    h = [torch.empty(1, 3, 16, device="cuda")] * (1 + (kind == "lstm"))
+    given = (torch.empty(3, 5, 8, device="cuda"), h, keys, keys, list(cell.parameters()))
+    v = torch.empty(16, device="cuda")
+    return fastseq.explain(functional.attention_decoder, *given, cell=kind, **{"v": v} | options)
+
+
+def test_a_single_step_stays_torchs(a_gpu, monkeypatch):
+    plant(monkeypatch, row(cell="gru"))
     cell, x = nn.GRUCell(8, 16, device="cuda"), torch.empty(3, 8, device="cuda")
     assert "as many launches" in fastseq.explain(cell, x).reason
     with fastseq.use_backend("cuda"):
         assert fastseq.explain(cell, x).backend == "cuda"
-    keys = torch.empty(3, 7, 16, device="cuda")
-    given = (torch.empty(3, 5, 8, device="cuda"), (), keys, keys, list(cell.parameters()))
-    found = fastseq.explain(functional.attention_decoder, *given, cell="gru")
+
+
+def test_a_decoder_is_chosen_by_rows_of_decoders(a_gpu, monkeypatch):
+    plant(monkeypatch, row(cell="gru"))
+    found = explain_decoder()
+    assert found.backend == "torch" and "no decoder of such a kind was measured" in found.reason
+    with fastseq.use_backend("cuda"):
+        assert explain_decoder().backend == "cuda"
+    plant(monkeypatch, decoder=[decoder_row()])
+    found = explain_decoder()
     assert found.backend == "cuda" and "one CUDA graph" in found.reason
+    combine = (torch.empty(16, 32, device="cuda"), None)
+    for others in (
+        dict(kind="lstm"), dict(combine=combine), dict(combine=combine, input_feeding=True),
+        dict(v=None), dict(forced=(True, False)),
+    ):  # fmt: skip
+        assert explain_decoder(**others).backend == "torch", others
+    with torch.no_grad():
+        assert explain_decoder().backend == "torch"
+    monkeypatch.setattr(measured_cuda, "TABLE", {"another": {"decoder": [decoder_row()]}})
+    assert "not yet measured on a GPU" in explain_decoder().reason
     monkeypatch.setattr(measured_cuda, "TABLE", {})
-    found = fastseq.explain(functional.attention_decoder, *given, cell="gru")
-    assert found.backend == "torch" and "not yet measured" in found.reason
+    assert "not yet measured on a device" in explain_decoder().reason
+
+
+def test_a_decoder_is_torchs_where_it_took_longer_once_or_was_wrong(a_gpu, monkeypatch):
+    slower = decoder_row(H=256, torch={"eager": 3.0, "captured": 0.5})
+    plant(monkeypatch, decoder=[decoder_row(), slower])
+    found = explain_decoder()
+    assert found.backend == "torch"
+    assert "torch was measured faster at B 64, T 40, S 40, H 256: 0.5 ms" in found.reason
+    wrong = {
+        n: v for n, v in decoder_row(mode="inf", wrong="y").items() if n not in ("torch", "ours")
+    }
+    plant(monkeypatch, decoder=[decoder_row(), wrong])
+    assert "wrong when it was measured" in explain_decoder().reason
+
+
+def test_decoders_that_choose_their_tokens_ask_the_same(a_gpu, monkeypatch):
+    values, hidden = torch.empty(3, 7, 16, device="cuda"), torch.empty(1, 3, 16, device="cuda")
+    plant(monkeypatch, decoder=[decoder_row(mode="inf")])
+    with torch.no_grad():
+        assert "no decoder of such" in picks_obstacle("gru", values, hidden)
+        plant(monkeypatch, decoder=[decoder_row(mode="inf", tokens="chosen")])
+        assert picks_obstacle("gru", values, hidden) is None
+        module = nn.AttentionDecoder(9, 8, 16, 16, cell="gru", device="cuda")
+        start = torch.zeros(3, dtype=torch.long, device="cuda")
+        assert module.explained(start, hidden, values, forced=(True, False)).backend == "cuda"
+        assert module.explained(start, hidden, values).backend == "torch"
 
 
 @pytest.mark.parametrize("fastest", ["step", "whole", "grid"])
-def test_the_way_measured_fastest_is_taken_where_it_can(a_gpu, monkeypatch, fastest):
-    times = [1.0 if way == fastest else 2.0 for way in measured_cuda.WAYS]
-    plant(
-        monkeypatch,
-        *(("lstm", "f32", "plain", mode, 50, 64, 96, 9.0, *times) for mode in ("train", "inf")),
-    )
+def test_the_way_measured_fastest_is_taken_where_it_can(a_gpu, exact, monkeypatch, fastest):
+    times = {way: 1.0 if way == fastest else 2.0 for way in measured_cuda.WAYS}
+    plant(monkeypatch, *(row(9.0, H=H, **times) for H in (96, 300)))
     assert f"`{fastest}`" in said(nn.LSTM, 20, 64, 16, H=96).reason
     x = torch.empty(20, 64, 16, device="cuda")
     tokens = recurrent_cuda._tokens(x, None, None, None)
-    wanted = recurrent_cuda.wanted(op.CELLS["lstm"], x, 96, tokens, 1, True)
+    wanted = recurrent_cuda.wanted(op.CELLS["lstm"], x, 96, tokens, 1, True, False)
     assert wanted == recurrent_cuda.NAMES.index(fastest) | recurrent_cuda.IF_IT_CAN
     # Too large for a block: not an error.
     found = said(nn.LSTM, 20, 64, 16, H=300).reason
-    assert ("`step`" in found) == (fastest == "step")
+    assert ("`step`, a product" in found) == (fastest == "step")
 
 
-def test_the_table_is_what_the_benchmark_writes():
+def test_the_table_is_what_the_benchmarks_write():
     """By hand or by machine, each row is whole."""
-    for rows in measured_cuda.TABLE.values():
-        for row in rows:
-            assert {*measured_cuda.Kind._fields, "T", "B", "H", "torch"} <= row.keys()
-            assert set(measured_cuda.WAYS) & row.keys()
+    for parts in measured_cuda.TABLE.values():
+        assert parts.keys() <= {"recurrent", "decoder"}
+        for part, kind, sizes in (
+            ("recurrent", measured_cuda.Kind, measured_cuda.Size._fields),
+            ("decoder", measured_cuda.DecoderKind, tuple("BTSH")),
+        ):
+            for row in parts.get(part, []):
+                assert {*kind._fields, *sizes} <= row.keys()
+                assert (
+                    "wrong" in row or "torch" in row and {*measured_cuda.WAYS, "ours"} & row.keys()
+                )

@@ -12,7 +12,13 @@ import fastseq
 from fastseq import functional, nn
 from fastseq.ops import decoder_cuda, measured_cuda, recurrent_cuda
 from fastseq.ops.recurrent_cuda import GRID, STEP, WHOLE
-from fastseq.testing import assert_matches, recurrent_case, run_with_grads
+from fastseq.testing import (
+    TF32Products,
+    allow_tf32,
+    assert_matches,
+    recurrent_case,
+    run_with_grads,
+)
 from fastseq.testing_decoder import decoder_case
 from tests.cuda.test_recurrent import FORMS, IDS, RUNS, STEP_CELLS, WHOLE_CELLS
 from tests.fuzz_recurrent import ours, with_zoneout, yardstick
@@ -29,8 +35,7 @@ WIDTHS = {STEP: (5, 64, 200), WHOLE: (5, 64, 100), GRID: (5, 64, 200)}
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    exact = torch.backends.cudnn.flags(allow_tf32=False)
-    with fastseq.use_backend("cuda"), exact:
+    with fastseq.use_backend("cuda"), allow_tf32(False):
         yield
     recurrent_cuda.way = recurrent_cuda.ANY_WAY
 
@@ -77,12 +82,48 @@ def test_sanitized(way, cell, form):
     torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("cell, zoneout", [("lstm", 0.2), ("layer_norm_lstm", None)])
+def test_sanitized_projections(cell, zoneout):
+    """Among the steps, by a kernel of their own."""
+    for H, P, dtype in ((8, 4, torch.float32), (33, 9, torch.bfloat16)):
+        case = recurrent_case(cell, 4, 3, 4, H, proj_size=P, dtype=dtype, bidirectional=True)
+        case = moved(case)
+        fn = ours(case, zoneout=zoneout, train=True) if zoneout else ours(case)
+        assert run_with_grads(fn, case.inputs, case.cotangents, names=case.names)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_sanitized_decoder(order):
+    """The loop as it is, without a graph."""
+    case = decoder(order)
+    for name in ("forward", "backward"):
+        decoder_cuda.GRAPHS[name].clear()
+    outputs = case.function(functional)
+    assert run_with_grads(outputs, case.inputs, case.cotangents, names=case.names)
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
 def test_against_the_reference(way, cell, form, dtype):
     for H in WIDTHS[way]:
         check(case_of(cell, form, H, DTYPES[dtype]), way)
+
+
+@pytest.mark.parametrize("form", ["both directions", "resets, lengths", "packed"])
+@pytest.mark.parametrize("way, cell", RUNS, ids=IDS)
+def test_products_in_tf32(way, cell, form):
+    """By the user's switch: as far from float64 as TF32 allows, and no further."""
+    recurrent_cuda.way = way
+    for H in (64, 96):
+        case = case_of(cell, form, H)
+        with allow_tf32(True):
+            assert_matches(
+                ours(case), case.reference(), case.reference(), case.inputs, case.cotangents,
+                names=case.names, what=str(case), baseline_under=TF32Products,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -305,5 +346,5 @@ def test_explain_names_the_kernels_and_why_they_are_not_the_default():
             assert f"`{recurrent_cuda.NAMES[taken[-1]]}`" in fastseq.explain(layer, x).reason
     with fastseq.use_backend("auto"):
         found = fastseq.explain(layer, x)
-    if not measured_cuda.TABLE:
+    if torch.cuda.get_device_name() not in measured_cuda.TABLE:
         assert found.backend == "torch" and "not yet measured" in found.reason

@@ -10,8 +10,8 @@ from torch._subclasses import FakeTensorMode
 
 from fastseq import _native
 from fastseq.functional.rnn import as_matrix
+from fastseq.ops import measured_cuda, recurrent_cuda
 from fastseq.ops import recurrent as op
-from fastseq.ops import recurrent_cuda
 from fastseq.ops.recurrent_cuda import GRID, STEP, WHOLE
 from fastseq.testing import assert_matches, recurrent_case, run_with_grads
 from tests.cuda.on_host import COMPILER, load, on_host
@@ -258,7 +258,8 @@ def test_the_way_follows_from_the_size():
             # What explain() is told, which launches nothing.
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(recurrent_cuda, "limits", lambda device: (132, 232448))
-                said = recurrent_cuda.ways(kind, dtype, H, 3, 1, torch.device("cuda"))
+                size = measured_cuda.Size(2, 3, 4, H)
+                said = recurrent_cuda.ways(kind, dtype, size, 1, torch.device("cuda"))
             assert said == tuple(recurrent_cuda.NAMES[way] for way in found)
         return found
 
