@@ -3,11 +3,16 @@
 # a GPU whose python3 has a CUDA build of torch, triton, pytest, numpy, rich, typer, tqdm,
 # matplotlib, sacrebleu, ninja and setuptools (with pytest-xdist, kernels compile side by side).
 # Nothing is downloaded. Results and the log, gpu.log, go to $OUT where that is set, else to
-# benchmarks/results/. A part that fails or takes too long does not keep the others from running;
-# the exit status is 1 if one did.
+# benchmarks/results/; so does the table that fastseq chooses kernels by, which else goes where
+# fastseq reads it, fastseq/ops/measured_cuda.json. A part that fails or takes too long does not keep
+# the others from running; the exit status is 1 if one did.
 set -uo pipefail
+out="${OUT:+$(realpath -m "$OUT")}"
 cd "$(dirname "$0")/.."
-out="${OUT:-benchmarks/results}"
+measured="${out:-fastseq/ops}/measured_cuda.json"
+# Whose kernels failed since must not be found there.
+[ -z "$out" ] || rm -f "$measured"
+out="${out:-benchmarks/results}"
 budget="${SECONDS_IN_ALL:-470}"
 mkdir -p "$out" && : > "$out/gpu.log" || exit 1
 export PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"
@@ -22,16 +27,30 @@ within() {
   timeout -k 10 "$limit" "${@:2}"
 }
 
-# told NAME SECONDS STATUS TOOK: a line of the summary.
+# told NAME SECONDS STATUS TOOK: a line of the summary, there already should all of this be cut off.
 told() {
+  local line
   case $3 in
-    0) summary+="$1: ok, $4 s"$'\n' ;;
-    124 | 137) summary+="$1: FAILED: more than $2 s, or than was left of all"$'\n' ;;
-    "$late") summary+="$1: FAILED: no time left"$'\n' ;;
-    *) summary+="$1: FAILED: $3, $4 s"$'\n' ;;
+    0) line="$1: ok, $4 s" ;;
+    124 | 137) line="$1: FAILED: more than $2 s, or than was left of all" ;;
+    "$late") line="$1: FAILED: no time left" ;;
+    *) line="$1: FAILED: $3, $4 s" ;;
   esac
+  summary+="$line"$'\n'
+  printf -- '-- %s\n' "$line" | tee -a "$out/gpu.log"
   [ "$3" = 0 ] || { failed=1 && return 1; }
 }
+
+# right NAME..: whether all of these parts went well.
+right() {
+  local name
+  for name in "$@"; do
+    [[ $'\n'"$summary" == *$'\n'"$name: ok"* ]] || return 1
+  done
+}
+
+# share PERCENT: seconds, of what is left of all.
+share() { echo $(((budget - SECONDS) * $1 / 100)); }
 
 # part NAME SECONDS COMMAND..
 part() {
@@ -73,42 +92,55 @@ quick=()
 # Another compiler's warnings are no reason to stop; and the Triton kernels need none.
 part "build" 180 env FASTSEQ_REQUIRE_NATIVE=1 FASTSEQ_WERROR=0 ${quick[@]+"${quick[@]}"} "${install[@]}" ||
   part "install without the native library" 60 env -u FASTSEQ_REQUIRE_NATIVE "${install[@]}" || finish 1
-part "doctor" 60 python3 -m fastseq.cli doctor
+part "doctor" 30 python3 -m fastseq.cli doctor
 
 # What is only to be right runs side by side; what is timed, after it and alone.
 side_by_side=()
 python3 -c 'import xdist' > /dev/null 2>&1 && side_by_side=(-n 5 --dist worksteal)
 tests=(python3 -m pytest -q --durations=5 ${side_by_side[@]+"${side_by_side[@]}"})
 started=$SECONDS
-beside "tests" 180 "${tests[@]}" tests/test_gpu.py tests/kernels/test_attention_gpu.py \
+beside "tests" 150 "${tests[@]}" tests/test_gpu.py tests/kernels/test_attention_gpu.py \
   tests/decoding/test_on_a_gpu.py
-beside "recurrent tests" 180 "${tests[@]}" tests/cuda/test_on_device.py
+beside "recurrent tests" 150 "${tests[@]}" tests/cuda/test_on_device.py
 beside "resources" 60 python3 -m pytest -q tests/cuda/test_build.py
+sanitizers=(memcheck racecheck synccheck)
+says_so='"$@" 2>&1 | awk "{ print; fflush() } /SUMMARY: 0 / { found = 1 } END { exit !found }"
+  ended=("${PIPESTATUS[@]}"); exit $((ended[0] ? ended[0] : ended[1]))'
 if command -v compute-sanitizer > /dev/null; then
-  sanitized=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1)
-  for tool in memcheck racecheck synccheck; do
-    checks=("${sanitized[@]}" --tool "$tool")
+  for tool in "${sanitizers[@]}"; do
+    # The tool's status is the program's unless told otherwise; it waits ten seconds for a program
+    # to begin, which six at once may not keep; and it has looked at nothing if it does not say so.
+    checks=(bash -c "$says_so" sanitized
+      env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1
+      --target-processes all --launch-timeout 0)
     # torch asks the driver for what it may not have: not an error of ours, and seen by the tests.
     [ "$tool" = memcheck ] && checks+=(--report-api-errors no)
-    beside "$tool" 180 "${checks[@]}" \
+    beside "$tool" 150 "${checks[@]}" \
       python3 -m pytest -q tests/kernels/test_attention_gpu.py -k small
-    beside "recurrent $tool" 180 "${checks[@]}" \
+    beside "recurrent $tool" 150 "${checks[@]}" \
       python3 -m pytest -q tests/cuda/test_on_device.py -k sanitized
   done
 else
   beside "sanitizers" 10 bash -c 'echo "compute-sanitizer is not on PATH"; exit 1'
 fi
 gather
-# What fastseq chooses kernels by; a device comes into it once the kernels are right there.
-table=()
-[[ $summary == *"recurrent tests: ok"* ]] &&
-  table=(--table "${OUT:-fastseq/ops}/measured_cuda.json")
-part "recurrent" 120 python3 -m benchmarks.bench_recurrent_gpu --output "$out" \
-  ${table[@]+"${table[@]}"}
-part "decoder" 60 python3 -m benchmarks.bench_decoder --device cuda --output "$out"
-part "attention" 150 python3 -m benchmarks.bench_attention --device cuda --output "$out"
-part "loss" 40 python3 -m benchmarks.bench_loss --device cuda --output "$out"
-part "decoding" 60 python3 -m benchmarks.bench_decoding --device cuda --quick --output "$out"
+# A device comes into the table once the kernels are right there, by every check.
+recurrent=() decoder=()
+if right "recurrent tests" "${sanitizers[@]/#/recurrent }"; then
+  recurrent=(--table "$measured")
+  right tests "${sanitizers[@]}" && decoder=(--table "$measured")
+fi
+# The most wanted first, and none so long that the next has no time; each keeps its rows as it goes.
+part "recurrent" "$(share 50)" python3 -m benchmarks.bench_recurrent_gpu --output "$out" \
+  ${recurrent[@]+"${recurrent[@]}"}
+part "attention" "$(share 45)" python3 -m benchmarks.bench_attention --device cuda --output "$out"
+part "decoder" "$(share 60)" python3 -m benchmarks.bench_decoder --device cuda --output "$out" \
+  ${decoder[@]+"${decoder[@]}"}
+part "loss" "$(share 40)" python3 -m benchmarks.bench_loss --device cuda --output "$out"
+part "decoding" "$(share 60)" python3 -m benchmarks.bench_decoding --device cuda --quick --output "$out"
 part "tiles" 60 python3 -m fastseq.kernels.tune --seconds 45
 part "demo" 60 python3 -m fastseq.cli demo --steps 300 --device cuda --out "$work/demo"
+said="the table was left as it is: a check of the kernels failed"
+[ ${#recurrent[@]} = 0 ] || said="to be kept as fastseq/ops/measured_cuda.json: $measured"
+printf '\n%s\n' "$said" | tee -a "$out/gpu.log"
 finish $failed

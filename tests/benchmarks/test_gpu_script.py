@@ -24,13 +24,15 @@ PARTS = [
     "synccheck",
     "recurrent synccheck",
     "recurrent",
-    "decoder",
     "attention",
+    "decoder",
     "loss",
     "decoding",
     "tiles",
     "demo",
 ]
+
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
 
 
 @pytest.fixture
@@ -42,17 +44,19 @@ def run(tmp_path):
         program = tmp_path / "bin" / name
         program.write_text(
             '#!/bin/sh\necho "ran $*"\n'
-            'case "$*" in *"$SLOW"*) exec sleep 9;; esac\n'
-            'case "$*" in *"$BAD"*) exit 3;; esac\n'
+            'case "$*" in *$SLOW*) exec sleep 9;; esac\n'
+            'case "$*" in *$BAD*) exit 3;; esac\n'
+            'case "$*" in *--tool*$SILENT*) ;; *--tool*) echo "== SUMMARY: 0 errors";; esac\n'
         )
         program.chmod(0o755)
 
-    def run(bad="nothing", slow="nothing", seconds=60):
+    def run(bad="nothing", slow="nothing", silent="nothing", seconds=60):
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-        own = {"PATH": path, "OUT": str(tmp_path / "out"), "BAD": bad, "SLOW": slow}
+        own = {"PATH": path, "OUT": "out", "BAD": bad, "SLOW": slow, "SILENT": silent}
         done = subprocess.run(
             ["bash", str(ROOT / "benchmarks" / "gpu.sh")],
             env=os.environ | own | {"SECONDS_IN_ALL": str(seconds)},
+            cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=50,
@@ -71,14 +75,6 @@ def test_every_part_runs_and_is_told_of(run):
     assert log.count("ran ") == len(PARTS) and log == done.stdout
 
 
-def test_a_missing_sanitizer_is_a_failure(run, tmp_path):
-    if shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"):
-        pytest.skip("compute-sanitizer is installed")
-    (tmp_path / "bin" / "compute-sanitizer").unlink()
-    done, _, summary = run()
-    assert done.returncode == 1 and summary["sanitizers"].startswith("FAILED")
-
-
 def test_a_part_that_fails_stops_no_other(run):
     done, _, summary = run(bad="bench_attention")
     assert done.returncode == 1 and list(summary) == PARTS
@@ -93,12 +89,67 @@ def test_a_part_beside_others_that_fails_or_takes_too_long_is_told_of(run):
     assert summary["tests"].startswith("ok") and summary["resources"].startswith("ok")
 
 
-def test_kernels_that_are_wrong_do_not_come_into_the_table(run):
-    assert "measured_cuda.json" in run()[1]
-    done, log, summary = run(bad="test_on_device.py -k", slow="nothing")
-    assert summary["recurrent memcheck"].startswith("FAILED") and "measured_cuda.json" in log
-    done, log, summary = run(bad="worksteal tests/cuda/test_on_device.py")
-    assert summary["recurrent tests"].startswith("FAILED") and "measured_cuda.json" not in log
+def tables(log: str) -> list[str]:
+    """The benchmarks that were told to write the table."""
+    said = [line for line in log.splitlines() if line.startswith("ran ") and "--table" in line]
+    return [line.partition("benchmarks.bench_")[2].partition(" ")[0] for line in said]
+
+
+def test_kernels_that_are_right_come_into_the_table(run, tmp_path):
+    stale = tmp_path / "out" / "measured_cuda.json"
+    stale.parent.mkdir()
+    stale.write_text("{}")
+    log = run()[1]
+    assert tables(log) == ["recurrent_gpu", "decoder"] and not stale.exists()
+    assert f"--table {stale}" in log and f"kept as fastseq/ops/measured_cuda.json: {stale}" in log
+
+
+@pytest.mark.parametrize(
+    "bad, failed",
+    [("worksteal tests/cuda/test_on_device.py", "recurrent tests")]
+    + [(f"{tool} *test_on_device.py", f"recurrent {tool}") for tool in SANITIZERS],
+)
+def test_kernels_that_are_wrong_do_not(run, bad, failed):
+    _, log, summary = run(bad=bad)
+    assert [name for name, said in summary.items() if "FAILED" in said] == [failed]
+    assert not tables(log) and "the table was left as it is" in log
+
+
+@pytest.mark.parametrize("bad", ["tests/test_gpu.py", "synccheck *test_attention_gpu.py"])
+def test_decoders_need_the_attention_kernels_too(run, bad):
+    assert tables(run(bad=bad)[1]) == ["recurrent_gpu"]
+
+
+def test_a_sanitizer_that_says_nothing_has_seen_nothing(run):
+    _, log, summary = run(silent="racecheck *test_on_device.py")
+    assert summary["recurrent racecheck"].startswith("FAILED") and not tables(log)
+    assert summary["racecheck"].startswith("ok")
+
+
+def test_without_sanitizers_there_is_no_table(run, tmp_path):
+    if shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"):
+        pytest.skip("compute-sanitizer is installed")
+    (tmp_path / "bin" / "compute-sanitizer").unlink()
+    done, log, summary = run()
+    assert done.returncode == 1 and summary["sanitizers"].startswith("FAILED") and not tables(log)
+
+
+# Of `compute-sanitizer`, as its manual lists them: which tool each is for.
+OPTIONS = {
+    "--tool": None,
+    "--error-exitcode": None,
+    "--target-processes": None,
+    "--launch-timeout": None,
+    "--report-api-errors": "memcheck",
+}
+
+
+def test_sanitizers_are_given_their_own_options(run):
+    for line in run()[1].splitlines():
+        given, _, _ = line.removeprefix("ran ").partition(" python3 ")
+        if given.startswith("--tool"):
+            options = dict(zip(*[iter(given.split())] * 2, strict=True))
+            assert {OPTIONS[name] for name in options} <= {None, options["--tool"]}
 
 
 def test_without_a_compiler_the_rest_runs_all_the_same(run):
@@ -109,8 +160,15 @@ def test_without_a_compiler_the_rest_runs_all_the_same(run):
 
 
 def test_time_is_bounded(run):
-    done, _, summary = run(slow="bench_attention", seconds=3)
+    done, log, summary = run(slow="bench_attention", seconds=7)
     assert done.returncode == 1 and "FAILED: more than" in summary["attention"]
+    assert summary["decoder"].startswith("ok")
+    # What came before is in the log as it comes.
+    told = [line for line in log.splitlines() if line.startswith("-- ")]
+    assert told.index(f"-- recurrent: {summary['recurrent']}") < log.splitlines().index(
+        "== attention"
+    )
+    done, _, summary = run(slow="worksteal", seconds=2)
     assert "no time left" in summary["demo"]
 
 
