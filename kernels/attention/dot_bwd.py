@@ -1,6 +1,7 @@
 """Dot attention, backward: with the gradient of the scores, d_e, dq = d_e k and dk = d_e^T q.
 
-Past the fused gradient of the softmax these are plain products, left to cuBLAS or hipBLAS.
+Past the fused gradient of the softmax these are plain products, left to cuBLAS or hipBLAS. Half
+dtypes are multiplied as such: d_e is rounded once, which README.md bounds.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from tests.kernels.on_device import (  # noqa: E402
 BOTH = pytest.mark.parametrize("score", ["additive", "dot"])
 
 from fastseq import functional  # noqa: E402
+from fastseq.ops import attention_plain  # noqa: E402
 from fastseq.reference import scores  # noqa: E402
 from fastseq.testing import (  # noqa: E402
     assert_close_to_reference,
@@ -111,6 +112,32 @@ def test_every_dtype(score, dtype, where):
         if index < 4 or WHERE[index % len(WHERE)] == where:
             options = dict(extra=index % 2 == 0, g=index % 3 == 0, scale=0.7, seed=index)
             check(drawn(score, *size, **where, **options, dtype=DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_scores_gradients_in_half_are_rounded_once(dtype, size):
+    """kernels/README.md: what the products of the dot score lose by taking d_e in half precision
+    is no more than u |d_e| |k| and u |d_e|^T |q|; the rest is one rounding of the result."""
+    case = drawn("dot", 2, 18, 70, 16, 16, scale=0.25, dtype=DTYPES[dtype])
+    case.cotangents[:] = [c * size for c in case.cotangents]
+    found = check(case)
+    query, keys, values = (t.double() for t in case.inputs.values())
+    upstream, weights = (c.double() for c in case.cotangents), found["weights"].double()
+    d_e = attention_plain._scores_bwd(*upstream, values, weights, 0.25)
+    limits = torch.finfo(DTYPES[dtype])
+    u, least = limits.eps / 2, limits.smallest_normal * limits.eps
+    # A number too small to be normal is rounded to a multiple of the least.
+    lost = u * d_e.abs() + least / 2
+    for name, left, right, loss in (
+        ("grad query", d_e, keys, lost),
+        ("grad keys", d_e.mT, query, lost.mT),
+    ):
+        exact = left @ right
+        most = loss @ right.abs() + u * exact.abs() + least
+        # cuBLAS may add parts of a sum in half precision.
+        most *= 1.02 if INTERPRETED else 2.0
+        assert ((found[name].double() - exact).abs() <= most).all(), name
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "sliced", "offset", "expanded"])
