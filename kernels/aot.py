@@ -198,11 +198,13 @@ def calls() -> Iterator[Callable[[], object]]:
 
 
 def variants(target: str) -> list[Variant]:
-    """Everything a launcher can ask of Triton on ``target``, with each device's tiles."""
+    """Everything a launcher can ask of Triton on ``target``, with the tiles of each device that
+    is one."""
     found: dict[Variant, None] = {}
     before = torch.get_float32_matmul_precision()
     try:
-        for name, precision in itertools.product(("", *TUNED), PRECISIONS):
+        devices = [name for name, tuned in TUNED.items() if tuned.target == target]
+        for name, precision in itertools.product(("", *devices), PRECISIONS):
             torch.set_float32_matmul_precision(precision)
             with asked_for(target, name) as asked:
                 for call in calls():

@@ -1,27 +1,31 @@
-"""Find the fastest tiles for the GPU at hand: prints what belongs into attention/tuned.py.
+"""Find the fastest tiles for the GPU at hand and write them to attention/tuned.json.
 
-python -m fastseq.kernels.tune [--seconds 240]
+python -m fastseq.kernels.tune [--seconds 240] [--table FILE]
 
 Sizes are typical ones; what wins is used for every batch and length. Time is bounded: candidates
-that come after it is up are not tried.
+that come after it is up are not tried. A candidate has to keep the budgets of aot.py, which
+`make test` holds winners to, and to give the default's results.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import pprint
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ._launch import forget
+from fastseq._files import atomic_write
+
+from . import _lang, aot
 from .attention import kernel
-from .attention.tuned import TUNED, tiles
+from .attention.tuned import PATH, TUNED, Tuned, tiles, written
 
-__all__ = ["CANDIDATES", "candidates", "search"]
+__all__ = ["CANDIDATES", "candidates", "search", "too_much"]
 
 # What is varied around a stage's default; every combination is tried.
 CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -29,7 +33,7 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
         SUB_Q=(2, 4, 8), BLOCK_S=(16, 32, 64), BLOCK_K=(32, 64), BLOCK_C=(32, 64), num_warps=(4, 8)
     ),
     "additive_bwd": dict(
-        BLOCK_S=(4, 8, 16), BLOCK_K=(64, 128, 256), num_warps=(1, 2), maxnreg=(168, 208, 255)
+        BLOCK_S=(4, 8, 16), BLOCK_K=(64, 128, 256), num_warps=(1, 2), maxnreg=(128, 168, 208)
     ),
     "dot_fwd": dict(
         BLOCK_Q=(16, 32, 64), BLOCK_S=(32, 64), BLOCK_K=(32, 64), BLOCK_C=(32, 64), num_warps=(4, 8)
@@ -41,21 +45,39 @@ _ONE = {"BLOCK_Q": 1, "SUB_Q": 1}
 _SIZES = {False: (64, 40, 40, 512, 512), True: (64, 1, 200, 512, 512)}
 
 
-def candidates(stage: str, single: bool, exact: bool) -> Iterator[dict[str, int]]:
-    """Tiles to try: the default first, then every combination of ``CANDIDATES``."""
-    default = tiles(stage, single, exact)
-    yield default
-    choices = CANDIDATES[stage]
+def candidates(stage: str, single: bool, exact: bool) -> list[dict[str, int]]:
+    """Tiles to try: the default, then every combination of ``CANDIDATES`` that asks for no more
+    registers than the budget has, those that change least of the default first."""
+    default = tiles(stage, single, exact, circumstances=[_lang.BACKEND])
+    choices, found = CANDIDATES[stage], [default]
     for values in itertools.product(*choices.values()):
         tried = default | dict(zip(choices, values, strict=True))
         if single:
             tried |= {name: one for name, one in _ONE.items() if name in tried}
-        if tried != default:
-            yield tried
+        if tried not in found and tried.get("maxnreg", 0) <= aot.BUDGETS[stage].registers:
+            found.append(tried)
+    return sorted(found, key=lambda tried: len(tried.items() - default.items()))
+
+
+def too_much(stage: str, call: Callable[[], object], target: str, device: str = "") -> str | None:
+    """What ``call`` would have compiled of a stage that is above its budget, in words.
+
+    Args:
+        target: of aot.TARGETS.
+        device: whose tiles count.
+    """
+    with aot.asked_for(target, device) as asked:
+        call()
+    for variant in asked:
+        if variant.stage == stage:
+            takes = aot.resources(variant.compiled())
+            if not takes.within(aot.BUDGETS[stage]):
+                return f"{takes} is above the budget"
+    return None
 
 
 def search(
-    tried: Iterator[dict[str, int]], measure: Callable[[dict[str, int]], float], until: float
+    tried: Iterable[dict[str, int]], measure: Callable[[dict[str, int]], float], until: float
 ) -> tuple[dict[str, int], float]:
     """The candidate with the least ``measure``, among those begun before the clock says ``until``.
 
@@ -68,7 +90,7 @@ def search(
         try:
             seconds = measure(config)
         except Exception as error:
-            print(f"  {config}: {type(error).__name__}")
+            print(f"  {config}: {type(error).__name__}: {str(error)[:200]}")
             continue
         if best is None or seconds < least:
             best, least = config, seconds
@@ -77,7 +99,7 @@ def search(
     return best, least
 
 
-def _call(stage: str, single: bool, dtype: torch.dtype) -> Callable[[], object]:
+def _call(stage: str, single: bool, dtype: torch.dtype) -> Callable[[], tuple]:
     B, Q, S, K, C = _SIZES[single]
 
     def normal(*shape: int) -> torch.Tensor:
@@ -107,27 +129,66 @@ def _seconds(call: Callable[[], object]) -> float:
     return statistics.median(samples)
 
 
+def _target() -> str:
+    """Of aot.TARGETS the one that is nearest to the GPU at hand, and no newer."""
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability()
+    known = [int(target[3:]) for target in aot.TARGETS if target.startswith("sm_")]
+    return f"sm_{max(number for number in known if number <= 10 * major + minor)}"
+
+
+def _agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    """To half the digits of their dtype: tiles change the order of sums, no more."""
+    return all(
+        (one.double() - other.double()).norm() <= torch.finfo(one.dtype).eps ** 0.5 * other.norm()
+        for one, other in zip(found, expected, strict=True)
+        if one.numel()
+    )
+
+
+def timed(
+    stage: str, call: Callable[[], tuple], key: tuple, device: str
+) -> Callable[[dict[str, int]], float]:
+    """A function: how long ``call`` takes with the tiles it is given, which are put among those
+    that won on ``device``.
+
+    Raises (the function returned):
+        ValueError: the tiles are above the budget, or their results are not the first tiles'.
+    """
+    (target, won), expected = TUNED[device], []
+
+    def measure(config: dict[str, int]) -> float:
+        won[key] = config
+        above = too_much(stage, call, target, device)
+        if above:
+            raise ValueError(above)
+        expected[1:] = [call()]
+        if not _agree(expected[-1], expected[0]):
+            raise ValueError("another result than the default's")
+        return _seconds(call)
+
+    return measure
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastseq.kernels.tune")
     parser.add_argument("--seconds", type=float, default=240, help="time to spend in all")
+    parser.add_argument("--table", type=Path, default=PATH, help="file for what wins (%(default)s)")
     arguments = parser.parse_args(argv)
-    name = torch.cuda.get_device_name()
-    found = TUNED.setdefault(name, {})
+    device = torch.cuda.get_device_name()
+    won = TUNED.setdefault(device, Tuned(_target(), {})).won
     work = list(itertools.product(CANDIDATES, (False, True), (torch.float32, torch.bfloat16)))
     start = time.monotonic()
     for done, (stage, single, dtype) in enumerate(work, 1):
-        call, key = _call(stage, single, dtype), (stage, single, dtype == torch.float32)
-
-        def measure(config, key=key, call=call):
-            found[key] = config
-            forget()
-            return _seconds(call)
-
+        key = stage, single, dtype == torch.float32
+        measure = timed(stage, _call(stage, single, dtype), key, device)
         until = start + arguments.seconds * done / len(work)
-        best, least = search(candidates(*key), measure, until)
-        found[key] = best
-        print(f"{key}: {least * 1e6:.0f} us", flush=True)
-    print(pprint.pformat({name: found}, width=100))
+        won[key], least = search(candidates(*key), measure, until)
+        print(f"{key}: {least * 1e6:.0f} us: {won[key]}", flush=True)
+        # What is known so far, should the machine's time be up before the end.
+        with atomic_write(arguments.table) as temporary:
+            temporary.write_text(written(TUNED))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,12 @@ NINJA = ROOT / "build" / "native" / "build.ninja"
 
 def sources() -> set[str]:
     """What the wheel has to hold, by its names."""
-    kernels = {f"fastseq/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
-    own = [path for kind in ("*.py", "*.json") for path in (ROOT / "fastseq").rglob(kind)]
-    return kernels | {str(path.relative_to(ROOT)) for path in own}
+
+    def found(folder):
+        paths = (path for kind in ("*.py", "*.json") for path in (ROOT / folder).rglob(kind))
+        return {str(path.relative_to(ROOT)) for path in paths}
+
+    return found("fastseq") | {f"fastseq/{name}" for name in found("kernels")}
 
 
 @pytest.mark.skipif(not NINJA.exists(), reason="no native build")

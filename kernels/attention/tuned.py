@@ -7,9 +7,12 @@ the source's length, which change from call to call.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["DEFAULTS", "OTHERWISE", "TUNED", "tiles"]
+__all__ = ["DEFAULTS", "OTHERWISE", "PATH", "TUNED", "Tuned", "read", "tiles", "written"]
 
 # (stage, one query a row[, exact products]) -> tiles, warps, registers of a thread at most.
 DEFAULTS: dict[tuple, dict[str, int]] = {
@@ -62,13 +65,51 @@ OTHERWISE: dict[tuple, dict[str, int]] = {
     ("additive_bwd", True, "unaligned"): dict(BLOCK_S=4),
     ("dot_fwd", False, "unaligned"): dict(BLOCK_S=16),
     ("dot_fwd", False, "unaligned", True): dict(),
-    # Three products of bfloat16 a product.
+    # As three products of bfloat16, those of 32 positions spill 19 registers on gfx942.
     ("additive_fwd", False, "hip"): dict(RANGE_S=16),
+    ("additive_fwd", False, "hip", True): dict(),
 }
 
-# Device name as torch.cuda.get_device_name() has it -> (stage, one query a row, exact products)
-# -> tiles and warps. Filled by ``python -m fastseq.kernels.tune``.
-TUNED: dict[str, dict[tuple[str, bool, bool], dict[str, int]]] = {}
+# (stage, one query a row, exact products) -> tiles and warps.
+Winners = dict[tuple[str, bool, bool], dict[str, int]]
+
+
+class Tuned(NamedTuple):
+    """What won on a device, and which of aot.TARGETS it is."""
+
+    target: str
+    won: Winners
+
+
+def read(path: Path) -> dict[str, Tuned]:
+    """By device, what a table such as tuned.json says of it."""
+    return {
+        device: Tuned(
+            said["target"],
+            {(row["stage"], row["single"], row["exact"]): row["tiles"] for row in said["won"]},
+        )
+        for device, said in json.loads(path.read_text()).items()
+    }
+
+
+def written(devices: dict[str, Tuned]) -> str:
+    """The text of such a table."""
+    table = {
+        device: {
+            "target": target,
+            "won": [
+                {"stage": stage, "single": single, "exact": exact, "tiles": best}
+                for (stage, single, exact), best in won.items()
+            ],
+        }
+        for device, (target, won) in devices.items()
+    }
+    return json.dumps(table, indent=1) + "\n"
+
+
+PATH = Path(__file__).with_name("tuned.json")
+# By torch.cuda.get_device_name(); the table is ``python -m fastseq.kernels.tune``'s.
+TUNED: dict[str, Tuned] = read(PATH)
 
 
 def tiles(
@@ -78,9 +119,10 @@ def tiles(
 
     circumstances: of those in ``OTHERWISE``. What won, won on aligned tensors.
     """
-    won = TUNED.get(device, {}).get((stage, single, exact))
-    if won is not None and "unaligned" not in circumstances:
-        return dict(won)
+    if device in TUNED and "unaligned" not in circumstances:
+        best = TUNED[device].won.get((stage, single, exact))
+        if best is not None:
+            return dict(best)
 
     def known(table: dict[tuple, dict[str, int]], *key: object) -> dict[str, int]:
         return table.get((*key, exact), table.get(key, {}))

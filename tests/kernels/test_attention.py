@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from fastseq.kernels import aot  # noqa: E402
 from fastseq.kernels.attention import kernel, launch  # noqa: E402
-from fastseq.kernels.attention.tuned import TUNED, tiles  # noqa: E402
+from fastseq.kernels.attention.tuned import OTHERWISE, TUNED, Tuned, tiles  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -178,5 +178,17 @@ def test_a_kind_of_call_left_out_is_seen(monkeypatch):
 
 def test_tiles_that_won_on_a_device_are_compiled(monkeypatch):
     won = tiles("dot_fwd", False, False) | {"BLOCK_Q": 64}
-    monkeypatch.setitem(TUNED, "a device", {("dot_fwd", False, False): won})
-    assert any(v.named.get("BLOCK_Q") == 64 for v in aot.variants("sm_90"))
+    monkeypatch.setitem(TUNED, "a device", Tuned("sm_90", {("dot_fwd", False, False): won}))
+    for target in ("sm_90", "sm_100"):
+        there = any(v.named.get("BLOCK_Q") == 64 for v in aot.variants(target))
+        assert there == (target == "sm_90")
+
+
+def test_amd_s_narrower_tile_has_its_reason(monkeypatch):
+    """tuned.py: with NVIDIA's, products as three of bfloat16 spill."""
+    key = ("additive_fwd", False, "hip")
+    assert OTHERWISE[key] == {"RANGE_S": 16} and not OTHERWISE[(*key, True)]
+    monkeypatch.setitem(OTHERWISE, key, {})
+    found = [v for v in aot.variants("gfx942") if v.named.get("PRECISION") == "bf16x3"]
+    wide = next(v for v in found if v.named.get("RANGE_S") == 32 and "aligned" in str(v))
+    assert aot.resources(wide.compiled()).spills > 0
