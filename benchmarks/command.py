@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,13 @@ from statistics import median
 import torch
 
 from benchmarks.gpu_table import write_part
-from benchmarks.measure import busy, interleaved, machine
+from benchmarks.measure import FEWEST_ROUNDS, busy, interleaved, machine
 from fastseq._files import atomic_write, check_writable
 
 __all__ = ["RESULTS", "Row", "command", "milliseconds", "select", "step", "write_csv"]
 
+# What is not timed, clearing the caches and waiting, takes longer than a short call.
+MOST_ON_A_GPU = 300
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -28,16 +32,23 @@ class Row:
     """What one row of the table is about, and ``measure``, which checks and then times it.
 
     ``measure(seconds)`` returns further columns, or raises AssertionError if an answer is wrong.
+    Rows of the least ``rank`` come first; one with another's labels takes its place in the table.
     """
 
     labels: dict[str, object]
     measure: Callable[[float], dict[str, object]]
+    rank: int = 0
 
     def record(self, seconds: float) -> dict[str, object]:
         try:
             return self.labels | {"status": "ok"} | self.measure(seconds)
         except AssertionError as error:
             return self.labels | {"status": f"wrong: {error}"}
+        # A row that cannot run, for want of memory or a compiler, must not take others with it.
+        except Exception as error:
+            traceback.print_exc()
+            said = " ".join(str(error).split())[:200]
+            return self.labels | {"status": f"failed: {type(error).__name__}: {said}"}
 
 
 def select(sizes: list, chosen: str) -> list:
@@ -86,7 +97,7 @@ def _by_events(calls: dict[str, Callable[[], object]], seconds: float) -> dict[s
             call()
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     spent, rounds = 0.0, 0
-    while spent < seconds * 1e3 or rounds < 7:
+    while rounds < FEWEST_ROUNDS or (spent < seconds * 1e3 and rounds < MOST_ON_A_GPU):
         for name, call in calls.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             # Clears the caches, and keeps the GPU busy while the host prepares the launches.
@@ -148,16 +159,18 @@ def command(
         ran_on["load"] = busy() or "idle"
     everything = arguments.rows == "all" and not arguments.quick
     path = arguments.output / f"{name}_{device}{'' if everything else '_quick'}.csv"
-    records: list[dict[str, object]] = []
-    for size in chosen:
-        for row in rows(size, device, arguments.quick):
-            records.append(row.record(0.1 if arguments.quick else 0.5))
-            print(records[-1], flush=True)
-            # Kept, should the machine's time be up before the last row.
-            write_csv(path, columns, records, ran_on)
-            if entry and arguments.table:
-                write_part(arguments.table, ran_on["gpu"], name, [entry(r) for r in records])
-    return 1 if any(record["status"] != "ok" for record in records) else 0
+    found: dict[tuple, dict[str, object]] = {}
+    every = itertools.chain.from_iterable(rows(size, device, arguments.quick) for size in chosen)
+    for row in sorted(every, key=lambda row: row.rank):
+        record = row.record(0.1 if arguments.quick else 0.5)
+        print(record, flush=True)
+        found[tuple(row.labels.items())] = record
+        # Kept, should the machine's time be up before the last row.
+        records = list(found.values())
+        write_csv(path, columns, records, ran_on)
+        if entry and arguments.table:
+            write_part(arguments.table, ran_on["gpu"], name, [entry(r) for r in records])
+    return 1 if any(record["status"] != "ok" for record in found.values()) else 0
 
 
 def write_csv(

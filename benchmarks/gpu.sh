@@ -3,13 +3,14 @@
 # a GPU whose python3 has a CUDA build of torch, triton, pytest, numpy, rich, typer, tqdm,
 # matplotlib, sacrebleu, ninja and setuptools (with pytest-xdist, kernels compile side by side).
 # Nothing is downloaded. Results and the log, gpu.log, go to $OUT where that is set, else to
-# benchmarks/results/; so does the table that fastseq chooses kernels by, which else goes where
-# fastseq reads it, fastseq/ops/measured_cuda.json. A part that fails or takes too long does not keep
+# benchmarks/results/; so do the tables that fastseq chooses kernels and tiles by, which else go where
+# it reads them, fastseq/ops and kernels/attention. A part that fails or takes too long does not keep
 # the others from running; the exit status is 1 if one did.
 set -uo pipefail
 out="${OUT:+$(realpath -m "$OUT")}"
 cd "$(dirname "$0")/.."
 measured="${out:-fastseq/ops}/measured_cuda.json"
+tuned="${out:-kernels/attention}/tuned.json"
 # Whose kernels failed since must not be found there.
 [ -z "$out" ] || rm -f "$measured"
 out="${out:-benchmarks/results}"
@@ -138,7 +139,7 @@ part "decoder" "$(share 60)" python3 -m benchmarks.bench_decoder --device cuda -
   ${decoder[@]+"${decoder[@]}"}
 part "loss" "$(share 40)" python3 -m benchmarks.bench_loss --device cuda --output "$out"
 part "decoding" "$(share 60)" python3 -m benchmarks.bench_decoding --device cuda --quick --output "$out"
-part "tiles" 60 python3 -m fastseq.kernels.tune --seconds 45
+part "tiles" 60 python3 -m fastseq.kernels.tune --seconds 45 --output "$tuned"
 part "demo" 60 python3 -m fastseq.cli demo --steps 300 --device cuda --out "$work/demo"
 said="the table was left as it is: a check of the kernels failed"
 [ ${#recurrent[@]} = 0 ] || said="to be kept as fastseq/ops/measured_cuda.json: $measured"

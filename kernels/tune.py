@@ -1,6 +1,6 @@
 """Find the fastest tiles for the GPU at hand and write them to attention/tuned.json.
 
-python -m fastseq.kernels.tune [--seconds 240] [--table FILE]
+python -m fastseq.kernels.tune [--seconds 240] [--output FILE]
 
 Sizes are typical ones; what wins is used for every batch and length. Time is bounded: candidates
 that come after it is up are not tried. A candidate has to keep the budgets of aot.py, which
@@ -174,7 +174,7 @@ def timed(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastseq.kernels.tune")
     parser.add_argument("--seconds", type=float, default=240, help="time to spend in all")
-    parser.add_argument("--table", type=Path, default=PATH, help="file for what wins (%(default)s)")
+    parser.add_argument("--output", type=Path, default=PATH, help="for what wins (%(default)s)")
     arguments = parser.parse_args(argv)
     device = torch.cuda.get_device_name()
     won = TUNED.setdefault(device, Tuned(_target(), {})).won
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         won[key], least = search(candidates(*key), measure, until)
         print(f"{key}: {least * 1e6:.0f} us: {won[key]}", flush=True)
         # What is known so far, should the machine's time be up before the end.
-        with atomic_write(arguments.table) as temporary:
+        with atomic_write(arguments.output) as temporary:
             temporary.write_text(written(TUNED))
 
 

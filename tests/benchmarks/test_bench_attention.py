@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import types
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,96 @@ def test_a_wrong_answer_is_not_timed(bench, tmp_path, monkeypatch):
     for row in rows_of(tmp_path / "attention_cpu_quick.csv"):
         assert row["status"].startswith("wrong: ") == (row["score"] == "dot")
         assert bool(row["fastseq_ms"]) == (row["score"] == "additive")
+
+
+def test_what_is_too_large_is_checked_by_two_of_its_rows(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "MOST_TERMS", 1)
+    monkeypatch.setattr(bench, "milliseconds", lambda calls, *_: dict.fromkeys(calls, 1.0))
+    assert bench.main(["--quick", "--output", str(tmp_path)]) == 0
+    right = bench.functional.additive_attention
+
+    def another_row(**arguments):
+        context, weights = right(**arguments)
+        return context + 0.001 * arguments["query"].sum(), weights
+
+    monkeypatch.setattr(bench.functional, "additive_attention", another_row)
+    assert bench.main(["--quick", "--output", str(tmp_path)]) == 1
+    assert {row["status"][:6] for row in rows_of(tmp_path / "attention_cpu_quick.csv")} == {
+        "wrong:",
+        "ok",
+    }
+
+
+@pytest.fixture
+def gpu(bench, monkeypatch):
+    """The benchmark of a GPU, on the host: small sizes, its clock, properties of none."""
+    build = bench.build
+    monkeypatch.setattr(bench, "build", lambda device, *rest: build("cpu", *rest))
+    monkeypatch.setattr(bench, "milliseconds", lambda calls, *_: dict.fromkeys(calls, 1.0))
+    monkeypatch.setitem(bench.SIZES, "cuda", [(2, 1 + n % 2, 4, 5, 6 + n) for n in range(5)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    one = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: one)
+    return bench
+
+
+def test_on_a_gpu_all_rows_come_before_any_is_compiled(gpu, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(gpu.torch, "compile", lambda call: compiled.append(call) or call)
+    path = tmp_path / "attention_cuda.csv"
+    write, before = gpu.command.__globals__["write_csv"], []
+
+    def write_csv(*arguments):
+        write(*arguments)
+        if not compiled:
+            before[:] = rows_of(path)
+
+    monkeypatch.setitem(gpu.command.__globals__, "write_csv", write_csv)
+    assert gpu.main(["--device", "cuda", "--output", str(tmp_path)]) == 0
+    rows, kinds = rows_of(path), sum(len(places) for places in gpu.GPU.values())
+    assert len(rows) == len(before) == len(compiled) == 2 * kinds
+    assert [row["where"] for row in before[:10]] == ["all"] * 10
+    assert {(row["score"], row["where"]) for row in rows} == {kind[::2] for kind in gpu.GPU}
+    assert all(row["over_compile"] and row["part_of_floor"] for row in rows)
+    assert not any(row["over_compile"] for row in before)
+    assert all(row["over_eager"] for row in before)
+    # Half of the places do not count: neither do they for the floor.
+    floor = {(r["where"], r["Q"], r["C"], r["mode"]): float(r["special_floor_ms"]) for r in before}
+    assert floor["lengths", "1", "6", "inf"] <= floor["all", "1", "6", "inf"]
+
+
+def test_a_run_cut_off_and_a_row_that_fails_keep_the_others(gpu, tmp_path, monkeypatch):
+    times = []
+
+    def milliseconds(calls, *_):
+        times.append(calls)
+        if len(times) == 2:
+            raise RuntimeError("out of memory\nand more")
+        if len(times) == 4:
+            raise KeyboardInterrupt
+        return dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setattr(gpu, "milliseconds", milliseconds)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--device", "cuda", "--output", str(tmp_path)])
+    status = [row["status"] for row in rows_of(tmp_path / "attention_cuda.csv")]
+    assert status == ["ok", "failed: RuntimeError: out of memory and more", "ok"]
+
+
+def test_the_sizes_of_the_readme_are_measured():
+    """kernels/README.md says what they should cost on a GPU."""
+    from benchmarks import bench_attention
+
+    said = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
+    table = said.partition("| B, Q, S, K = C, float32 |")[2].partition("\n\n")[0]
+    sizes = [
+        tuple(map(int, row)) for row in re.findall(r"^\| (\d+), (\d+), (\d+), (\d+) ", table, re.M)
+    ]
+    assert len(sizes) == 4
+    places = bench_attention.GPU["additive", "float32", "all"]
+    timed = [bench_attention.SIZES["cuda"][place] for place in places]
+    assert all((*size, size[-1]) in timed for size in sizes)
 
 
 def test_bad_arguments_end_before_anything_is_measured(bench, tmp_path, capsys):

@@ -101,6 +101,7 @@ def test_kernels_that_are_right_come_into_the_table(run, tmp_path):
     stale.write_text("{}")
     log = run()[1]
     assert tables(log) == ["recurrent_gpu", "decoder"] and not stale.exists()
+    assert f"fastseq.kernels.tune --seconds 45 --output {stale.with_name('tuned.json')}" in log
     assert f"--table {stale}" in log and f"kept as fastseq/ops/measured_cuda.json: {stale}" in log
 
 

@@ -88,7 +88,7 @@ def test_winners_are_written_by_device_and_read_again(device, tmp_path, monkeypa
     """Of the four the second is wrong, the third above the budget."""
     table = tmp_path / "tuned.json"
     monkeypatch.setitem(TUNED, "another", Tuned("gfx942", {("merge", True, True): {"BLOCK_S": 1}}))
-    tune.main(["--seconds", "60", "--table", str(table)])
+    tune.main(["--seconds", "60", "--output", str(table)])
     found = tuned.read(table)
     assert found == TUNED and found["another"].target == "gfx942"
     target, won = found["a device"]
@@ -114,7 +114,7 @@ def test_a_run_cut_off_keeps_what_it_found(device, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tune, "_seconds", seconds)
     with pytest.raises(KeyboardInterrupt):
-        tune.main(["--table", str(table)])
+        tune.main(["--output", str(table)])
     assert list(tuned.read(table)["a device"].won) == [("dot_fwd", False, True)]
 
 
