@@ -2,12 +2,14 @@
 
 The library uses torch's stable ABI and no Python API: one file serves every Python, and every torch
 from TORCH_TARGET on. Without a compiler or torch headers the package installs all the same, and
-runs on plain PyTorch. With CUDA's compiler, nvcc, it holds the GPU's kernels too; that takes
-neither a GPU nor a CUDA build of torch. Environment: CXX, CXXFLAGS, NVCC; FASTSEQ_CUDA=0 leaves out
-what is for a GPU; FASTSEQ_WERROR=0 lets nvcc warn; FASTSEQ_ISAS="scalar avx512" builds for these
-only; FASTSEQ_REQUIRE_NATIVE=1 makes a failed build an error.
+runs on plain PyTorch. With CUDA's compiler, nvcc, it holds the GPU's kernels too, for those
+architectures that it knows; that takes neither a GPU nor a CUDA build of torch. Environment: CXX,
+CXXFLAGS, NVCC, CUDA_HOME; FASTSEQ_CUDA=0 leaves out what is for a GPU; FASTSEQ_WERROR=0 lets nvcc
+warn; FASTSEQ_ISAS="scalar avx512" builds for these only; FASTSEQ_REQUIRE_NATIVE=1 makes a failed
+build an error.
 """
 
+import json
 import os
 import platform
 import re
@@ -45,10 +47,21 @@ ISA_FLAGS = {
 # on FMAs, and the exact functions of CUDA's maths library. The driver unpacks what is compressed.
 NVCCFLAGS = (
     "-std=c++17 -O3 -fmad=false -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall "
-    "-Xfatbin -compress-all "
-    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=sm_100 "
-    "-gencode arch=compute_80,code=compute_80 -gencode arch=compute_90a,code=sm_90a"
-).split()
+    "-Xfatbin -compress-all"
+)
+GPU_CODE = {
+    "sm_80": "-gencode arch=compute_80,code=sm_80",
+    "sm_100": "-gencode arch=compute_80,code=sm_100",
+    "PTX": "-gencode arch=compute_80,code=compute_80",
+    "sm_90a": "-gencode arch=compute_90a,code=sm_90a",
+}
+# Of CUDA, what the kernels ask for.
+GPU_TRIAL = """
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+__global__ void f(__nv_bfloat16* p) { *p = __float2bfloat16(1); }
+void g(__nv_bfloat16* p) { f<<<1, 1>>>(p); }
+"""
 
 
 def find_torch() -> Path | None:
@@ -70,6 +83,48 @@ def compiles(cxx: str, flags: list[str]) -> bool:
     return subprocess.run(command, input=b"int x;", capture_output=True).returncode == 0
 
 
+def find_nvcc() -> str | None:
+    """NVCC of the environment; else of CUDA_HOME, of PATH, or where CUDA installs itself."""
+    home = os.environ.get("CUDA_HOME")
+    folders = [f"{home}/bin"] if home else []
+    folders += [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    return os.environ.get("NVCC") or shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def nvcc_flags() -> str:
+    lax = os.environ.get("FASTSEQ_WERROR") == "0"
+    return NVCCFLAGS.replace("-Werror all-warnings ", "") if lax else NVCCFLAGS
+
+
+def gpu_obstacles(nvcc: str, cxx: str, folder: Path) -> dict[str, str]:
+    """What of GPU_CODE this nvcc does not compile, and why. Tried once: ``folder`` keeps it."""
+
+    def obstacle(*code: str) -> str:
+        command = [nvcc, "-ccbin", cxx, *" ".join((nvcc_flags(), *code)).split()]
+        command += ["-c", str(folder / "trial.cu"), "-o", str(folder / "trial.o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        said.sort(key=lambda line: not re.search("fatal|error", line))
+        return "" if done.returncode == 0 else (*said, "it failed")[0]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trial.cu").write_text(GPU_TRIAL)
+    kept = folder / "nvcc.json"
+    try:
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        tried = [nvcc, cxx, version, nvcc_flags(), GPU_TRIAL, GPU_CODE]
+        known = json.loads(kept.read_text()) if kept.exists() else {}
+        if known.get("tried") != tried:
+            found = {}
+            if obstacle(*GPU_CODE.values()):
+                found = {name: said for name, code in GPU_CODE.items() if (said := obstacle(code))}
+            known = {"tried": tried, "obstacles": found}
+            kept.write_text(json.dumps(known))
+    except OSError as error:
+        return dict.fromkeys(GPU_CODE, str(error))
+    return known["obstacles"]
+
+
 class NinjaBuild(build_ext):
     """Writes build.ninja, runs it, and says what was built and what was left out."""
 
@@ -81,24 +136,21 @@ class NinjaBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
         torch = find_torch()
-        nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
-        if os.environ.get("FASTSEQ_CUDA") == "0":
-            nvcc = None
-        isas, left_out = [], []
+        nvcc = None if os.environ.get("FASTSEQ_CUDA") == "0" else find_nvcc()
+        isas, gpus, left_out = [], [], []
         if not cxx or not compiles(cxx, []):
             left_out.append(f"native library: no C++17 compiler found ({cxx or 'set CXX'})")
         elif torch is None:
             left_out.append("native library: no torch >= 2.10 in the environment built for")
         else:
             isas = self.usable_isas(cxx, left_out)
-            self.run_ninja(cxx, nvcc, torch, isas, output)
+            gpus = self.usable_gpus(nvcc, cxx, left_out)
+            self.run_ninja(cxx, nvcc if gpus else None, gpus, torch, isas, output)
         if not isas and os.environ.get("FASTSEQ_REQUIRE_NATIVE") == "1":
             raise RuntimeError("fastseq: " + "; ".join(left_out))
-        if isas and not nvcc:
-            left_out.append("CUDA C++ kernels: no nvcc, or FASTSEQ_CUDA=0; GPUs run PyTorch's own")
         print(f"fastseq: built CPU kernels for: {' '.join(isas) or 'nothing'} (compiler: {cxx})")
-        if isas and nvcc:
-            print(f"fastseq: built GPU kernels for: sm_80 sm_90a sm_100 and PTX (compiler: {nvcc})")
+        if gpus:
+            print(f"fastseq: built GPU kernels for: {' '.join(gpus)} (compiler: {nvcc})")
         for line in left_out:
             print(f"fastseq: left out {line}")
 
@@ -117,8 +169,30 @@ class NinjaBuild(build_ext):
                 usable.append(isa)
         return usable
 
+    @staticmethod
+    def usable_gpus(nvcc: str | None, cxx: str, left_out: list[str]) -> list[str]:
+        """The names of GPU_CODE to build for."""
+        if not nvcc:
+            left_out.append("CUDA C++ kernels: no nvcc, or FASTSEQ_CUDA=0; GPUs run PyTorch's own")
+            return []
+        obstacles = gpu_obstacles(nvcc, cxx, ROOT / "build" / "native")
+        usable = [name for name in GPU_CODE if name not in obstacles]
+        if not usable:
+            why = next(iter(obstacles.values()))
+            left_out.append(f"CUDA C++ kernels: {nvcc} does not compile: {why}")
+        elif obstacles:
+            why = "; ".join(f"{name} ({said})" for name, said in obstacles.items())
+            left_out.append(f"CUDA C++ kernels for what {nvcc} does not compile for: {why}")
+        return usable
+
     def run_ninja(
-        self, cxx: str, nvcc: str | None, torch: Path, isas: list[str], output: Path
+        self,
+        cxx: str,
+        nvcc: str | None,
+        gpus: list[str],
+        torch: Path,
+        isas: list[str],
+        output: Path,
     ) -> None:
         import ninja
         from ninja import ninja_syntax
@@ -160,9 +234,8 @@ class NinjaBuild(build_ext):
             if nvcc:
                 # nvcc links: it knows where the CUDA runtime, which goes into the library, lies.
                 linker = "link_cuda"
-                nvccflags = " ".join(NVCCFLAGS)
-                if os.environ.get("FASTSEQ_WERROR") == "0":
-                    nvccflags = nvccflags.replace("-Werror all-warnings ", "")
+                nvccflags = " ".join((nvcc_flags(), *(GPU_CODE[name] for name in gpus)))
+                native = next((name for name in gpus if name != "PTX"), "sm_80")
                 writer.rule(
                     "compile_cuda",
                     f"{nvcc} -ccbin {cxx} -MD -MF $out.d {nvccflags} -c $in -o $out",
@@ -170,7 +243,7 @@ class NinjaBuild(build_ext):
                 )
                 writer.rule(
                     linker,
-                    f"{nvcc} -ccbin {cxx} -shared -arch=sm_80 -cudart static "
+                    f"{nvcc} -ccbin {cxx} -shared -arch={native} -cudart static "
                     "-Xlinker --exclude-libs,ALL "
                     "-o $out $in $libs",
                 )
