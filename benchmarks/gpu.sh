@@ -14,7 +14,7 @@ tuned="${out:-kernels/attention}/tuned.json"
 # Whose kernels failed since must not be found there.
 [ -z "$out" ] || rm -f "$measured"
 out="${out:-benchmarks/results}"
-budget="${SECONDS_IN_ALL:-470}"
+budget="${SECONDS_IN_ALL:-465}"
 mkdir -p "$out" && : > "$out/gpu.log" || exit 1
 export PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"
 failed=0 summary="" besides=()

@@ -14,6 +14,7 @@ from benchmarks.plot import read_results
 from fastseq import _native, functional
 from fastseq.ops import measured_cuda
 from fastseq.ops.measured_cuda import DecoderKind, Kind, Size
+from fastseq.testing import allow_tf32
 from tests.cuda.on_host import COMPILER, load, on_host
 
 if not _native.loaded() or COMPILER is None:
@@ -122,6 +123,46 @@ def test_a_time_that_cannot_be_taken_is_wrong_too(host, tmp_path, monkeypatch):
     status, rows, table = recurrent(tmp_path, monkeypatch, CASES[:1])
     assert status == 1 and {row["status"] for row in rows} == {"failed: out of memory"}
     assert all("wrong" in row for row in table["a GPU"]["recurrent"])
+
+
+def test_tf32_is_allowed_where_a_row_says_so(host, tmp_path, monkeypatch):
+    """As answers are checked, by what TF32 may do to them, and as they are timed."""
+    right, forward = functional.lstm, torch.nn.LSTM.forward
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
+    seen, checked, timed = [], set(), {}
+
+    def telling(fn):
+        def call(*arguments, **options):
+            seen.append((matmul.fp32_precision, cudnn.fp32_precision))
+            return fn(*arguments, **options)
+
+        return call
+
+    def rounded(*arguments, **options):
+        y, *states = right(*arguments, **options)
+        return y * (1 + 2**-13) if matmul.fp32_precision == "tf32" else y, *states
+
+    def switches(calls, device, seconds):
+        checked.update(seen)
+        for name, call in calls.items():
+            seen.clear()
+            call()
+            timed.setdefault(tuple(calls), {})[name] = seen[-1]
+        seen.clear()
+        return dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setattr(functional, "lstm", telling(rounded))
+    monkeypatch.setattr(torch.nn.LSTM, "forward", telling(forward))
+    monkeypatch.setattr(bench_recurrent_gpu, "milliseconds", switches)
+    status, rows, _ = recurrent(tmp_path, monkeypatch, CASES[:2])
+    assert status == 0 and checked == {("ieee", "ieee"), ("tf32", "tf32")}, rows
+    exact, allowed = timed.values()
+    assert allowed == dict.fromkeys(("torch", *measured_cuda.WAYS), ("tf32", "tf32"))
+    ieee = dict.fromkeys(("torch", "torch_tf32", *measured_cuda.WAYS), ("ieee", "ieee"))
+    assert exact == ieee | {"torch_tf32": ("tf32", "tf32")}
+    monkeypatch.setattr(bench_recurrent_gpu, "allow_tf32", lambda allowed: allow_tf32(True))
+    status, rows, _ = recurrent(tmp_path, monkeypatch, CASES[:2])
+    assert [row["status"][:13] for row in rows] == ["step is wrong"] * 2 + ["ok"] * 2
 
 
 def test_what_was_cut_off_keeps_its_rows(host, tmp_path, monkeypatch):

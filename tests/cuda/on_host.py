@@ -1,11 +1,13 @@
 """The GPU's kernels built for the host (on_host.cpp) behind the ops of the GPU, on CPU tensors.
 
 FASTSEQ_ON_HOST_FLAGS adds flags of the compiler's. With a sanitizer, whose library Python must have
-from its start, the tests find any step outside of shared memory and any misaligned access:
+from its start, and that of C++ beside it, for else the first exception ends it all, the tests find
+any step outside of shared memory and any misaligned access:
 
     FASTSEQ_ON_HOST_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \\
-      ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(g++ -print-file-name=libasan.so) \\
-      python -m pytest tests/cuda/test_recurrent.py
+      ASAN_OPTIONS=detect_leaks=0:log_path=/tmp/sanitizer \\
+      LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \\
+      python -m pytest tests/cuda/test_recurrent.py tests/cuda/test_decoder.py
 """
 
 from __future__ import annotations

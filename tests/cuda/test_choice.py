@@ -240,6 +240,15 @@ def test_each_side_under_its_own_switch_of_precision(a_gpu, monkeypatch):
         cudnn.fp32_precision, matmul.fp32_precision = "tf32", "none"
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_rows_and_steps_are_told_apart(a_gpu, monkeypatch, batch_first):
+    plant(monkeypatch, row(cell="gru", dtype="bf16", I=16, T=400, B=10))
+    options = dict(batch_first=batch_first, dtype=torch.bfloat16)
+    for T, B, backend in ((400, 10, "cuda"), (10, 400, "torch")):
+        shape = (B, T, 16) if batch_first else (T, B, 16)
+        assert said(nn.GRU, *shape, H=512, **options).backend == backend
+
+
 def kind_and_size(cell="lstm", dtype="f16", layers=1, directions=1, packed=False, projected=False,
                   mode="train", T=50, B=64, I=256, H=256):  # noqa: E741  # fmt: skip
     kind = measured_cuda.Kind(cell, dtype, layers, directions, packed, projected, mode)
@@ -337,7 +346,7 @@ def explain_decoder(**options):
     kind = options.pop("kind", "gru")
     cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[kind](8, 16, device="cuda")
     keys = torch.empty(3, 7, 16, device="cuda")
-    h = [torch.empty(1, 3, 16, device="cuda")] * (1 + (kind == "lstm"))
+    h = [torch.empty(options.pop("layers", 1), 3, 16, device="cuda")] * (1 + (kind == "lstm"))
     given = (torch.empty(3, 5, 8, device="cuda"), h, keys, keys, list(cell.parameters()))
     v = torch.empty(16, device="cuda")
     return fastseq.explain(functional.attention_decoder, *given, cell=kind, **{"v": v} | options)
@@ -363,7 +372,7 @@ def test_a_decoder_is_chosen_by_rows_of_decoders(a_gpu, monkeypatch):
     combine = (torch.empty(16, 32, device="cuda"), None)
     for others in (
         dict(kind="lstm"), dict(combine=combine), dict(combine=combine, input_feeding=True),
-        dict(v=None), dict(forced=(True, False)),
+        dict(v=None), dict(forced=(True, False)), dict(layers=2),
     ):  # fmt: skip
         assert explain_decoder(**others).backend == "torch", others
     with torch.no_grad():
@@ -400,15 +409,41 @@ def test_decoders_that_choose_their_tokens_ask_the_same(a_gpu, monkeypatch):
         assert module.explained(start, hidden, values).backend == "torch"
 
 
+def wanted(x, H=96, train=True, projected=False, first=None):
+    """What the op goes by."""
+    tokens = recurrent_cuda._tokens(x, None, None, None)._replace(first=first)
+    return recurrent_cuda.wanted(op.CELLS["lstm"], x, H, tokens, 1, train, projected)
+
+
+def test_the_op_goes_by_rows_like_its_call(a_gpu, exact, monkeypatch):
+    like = dict(T=100, B=20, I=16, H=96)
+    step, grid = dict(step=1.0, grid=2.0), dict(step=2.0, grid=1.0)
+    plant(
+        monkeypatch,
+        row(**like, **step),
+        row(mode="inf", **like, **grid),
+        row(projected=True, **like, **grid),
+        row(packed=True, **like, **grid),
+    )
+    x = torch.empty(100, 20, 16, device="cuda")
+    by_step, by_grid = (way | recurrent_cuda.IF_IT_CAN for way in (op_way("step"), op_way("grid")))
+    assert wanted(x) == by_step
+    assert wanted(x, train=False) == wanted(x, projected=True) == wanted(x, first=x) == by_grid
+    # Twenty steps of a hundred rows are of another size.
+    assert wanted(x.transpose(0, 1)) == recurrent_cuda.ANY_WAY
+
+
+def op_way(name):
+    return recurrent_cuda.NAMES.index(name)
+
+
 @pytest.mark.parametrize("fastest", ["step", "whole", "grid"])
 def test_the_way_measured_fastest_is_taken_where_it_can(a_gpu, exact, monkeypatch, fastest):
     times = {way: 1.0 if way == fastest else 2.0 for way in measured_cuda.WAYS}
     plant(monkeypatch, *(row(9.0, H=H, **times) for H in (96, 300)))
     assert f"`{fastest}`" in said(nn.LSTM, 20, 64, 16, H=96).reason
     x = torch.empty(20, 64, 16, device="cuda")
-    tokens = recurrent_cuda._tokens(x, None, None, None)
-    wanted = recurrent_cuda.wanted(op.CELLS["lstm"], x, 96, tokens, 1, True, False)
-    assert wanted == recurrent_cuda.NAMES.index(fastest) | recurrent_cuda.IF_IT_CAN
+    assert wanted(x) == recurrent_cuda.NAMES.index(fastest) | recurrent_cuda.IF_IT_CAN
     # Too large for a block: not an error.
     found = said(nn.LSTM, 20, 64, 16, H=300).reason
     assert ("`step`, a product" in found) == (fastest == "step")
