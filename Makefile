@@ -67,4 +67,4 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist $(VENV) fastseq/libfastseq.so *.egg-info
+	rm -rf build dist $(VENV) fastseq/*.so *.egg-info

@@ -1,12 +1,13 @@
 """Builds the native library with ninja; everything else about the package is in pyproject.toml.
 
 The library uses torch's stable ABI and no Python API: one file serves every Python, and every torch
-from TORCH_TARGET on. Without a compiler or torch headers the package installs all the same, and
-runs on plain PyTorch. With CUDA's compiler, nvcc, it holds the GPU's kernels too, for those
-architectures that it knows; that takes neither a GPU nor a CUDA build of torch. Environment: CXX,
-CXXFLAGS, NVCC, CUDA_HOME; FASTSEQ_CUDA=0 leaves out what is for a GPU; FASTSEQ_WERROR=0 lets nvcc
-warn; FASTSEQ_ISAS="scalar avx512" builds for these only; FASTSEQ_REQUIRE_NATIVE=1 makes a failed
-build an error.
+from TORCH_TARGET on. Beside it lies a small module that makes calls from eager Python cheaper, for
+the one torch and Python that are built for and named after both; others do without. Without a
+compiler or torch headers the package installs all the same, and runs on plain PyTorch. With CUDA's
+compiler, nvcc, it holds the GPU's kernels too, for those architectures that it knows; that takes
+neither a GPU nor a CUDA build of torch. Environment: CXX, CXXFLAGS, NVCC, CUDA_HOME; FASTSEQ_CUDA=0
+leaves out what is for a GPU; FASTSEQ_WERROR=0 lets nvcc warn; FASTSEQ_ISAS="scalar avx512" builds
+for these only; FASTSEQ_REQUIRE_NATIVE=1 makes a failed build an error.
 """
 
 import json
@@ -78,6 +79,20 @@ def find_torch() -> Path | None:
         return None
 
 
+def find_cxx() -> str:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
+
+
+def eager_name() -> str | None:
+    """Of the module for this torch and this Python; fastseq/_native.py looks for that name."""
+    torch, abi = find_torch(), sysconfig.get_config_var("SOABI")
+    if torch is None or not abi:
+        return None
+    text = (torch / "version.py").read_text()
+    found = re.search(r"^__version__ = ['\"](.+)['\"]", text, re.MULTILINE)
+    return found and f"_eager-torch{found[1]}-{abi}.so"
+
+
 def compiles(cxx: str, flags: list[str]) -> bool:
     command = [cxx, *CXXFLAGS, *flags, "-x", "c++", "-fsyntax-only", "-"]
     return subprocess.run(command, input=b"int x;", capture_output=True).returncode == 0
@@ -125,17 +140,29 @@ def gpu_obstacles(nvcc: str, cxx: str, folder: Path) -> dict[str, str]:
     return known["obstacles"]
 
 
+def replace(made: Path, output: Path) -> None:
+    """Put a file where a running process may have another of that name open."""
+    replacement = output.with_name(output.name + ".new")
+    shutil.copy2(made, replacement)
+    os.replace(replacement, output)
+
+
 class NinjaBuild(build_ext):
     """Writes build.ninja, runs it, and says what was built and what was left out."""
 
     def get_ext_filename(self, fullname):
-        return os.path.join(*fullname.split(".")[:-1], LIBRARY)
+        name = LIBRARY if fullname.endswith("_native_library") else eager_name() or "_eager-.so"
+        return os.path.join(*fullname.split(".")[:-1], name)
 
     def build_extension(self, ext):
+        if ext.name.endswith("_eager"):
+            obstacle = self.add_eager(ext)
+            said = f"left out the module for eager calls: {obstacle}; small layers start later"
+            print(f"fastseq: {said if obstacle else f'built {eager_name()} for eager calls'}")
+            return
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
-        torch = find_torch()
+        cxx, torch = find_cxx(), find_torch()
         nvcc = None if os.environ.get("FASTSEQ_CUDA") == "0" else find_nvcc()
         isas, gpus, left_out = [], [], []
         if not cxx or not compiles(cxx, []):
@@ -253,9 +280,41 @@ class NinjaBuild(build_ext):
             libs = f"-L{torch}/lib -ltorch -ltorch_cpu -lc10 -lpthread"
             writer.build(LIBRARY, linker, made, variables={"libs": libs})
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", str(folder)], check=True)
-        replacement = output.with_suffix(".new")
-        shutil.copy2(folder / LIBRARY, replacement)
-        os.replace(replacement, output)
+        replace(folder / LIBRARY, output)
+
+    def add_eager(self, ext: Extension) -> str | None:
+        """Compile csrc/ops/eager against this torch and this Python; why not, where it can't."""
+        import ninja
+        from ninja import ninja_syntax
+
+        cxx, torch, python = find_cxx(), find_torch(), Path(sysconfig.get_path("include"))
+        folder = ROOT / "build" / "native" / "eager"
+        name = eager_name()
+        if not (folder.parent / LIBRARY).exists() or name is None:
+            return "there is no native library to go with it"
+        if not (python / "Python.h").exists():
+            return f"no Python.h in {python}"
+        folder.mkdir(parents=True, exist_ok=True)
+        # C++20, for torch's own headers; their warnings are torch's too.
+        include = [torch / "include", torch / "include/torch/csrc/api/include", python]
+        flags = [*CXXFLAGS, "-std=c++20", *(f"-isystem {path}" for path in include)]
+        libs = f"-L.. -l:{LIBRARY} -L{torch}/lib -ltorch_python -ltorch_cpu -lc10"
+        with open(folder / "build.ninja", "w") as file:
+            writer = ninja_syntax.Writer(file, width=200)
+            writer.rule("compile", f"{cxx} -MD -MF $out.d $flags -c $in -o $out", depfile="$out.d")
+            writer.rule("link", f"{cxx} -shared -o $out $in {libs} -Wl,-rpath,'$$ORIGIN'")
+            made = []
+            for source in sorted((ROOT / "csrc/ops/eager").glob("*.cpp")):
+                made.append(f"{source.stem}.o")
+                writer.build(made[-1], "compile", str(source), variables={"flags": " ".join(flags)})
+            writer.build(name, "link", made)
+        command = [Path(ninja.BIN_DIR) / "ninja", "-C", str(folder)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            print(done.stdout)
+            return f"it does not compile with the torch in {torch}"
+        replace(folder / name, Path(self.get_ext_fullpath(ext.name)).resolve())
+        return None
 
 
 class StableWheel(bdist_wheel):
@@ -263,17 +322,21 @@ class StableWheel(bdist_wheel):
 
     def get_tag(self):
         platform = super().get_tag()[2]
-        library = Path(self.bdist_dir, "fastseq", LIBRARY)
-        if platform.startswith("linux_") and library.exists():
-            # The oldest glibc that has every symbol version the library names (PEP 600).
-            versions = re.findall(rb"\0GLIBC_(\d+)\.(\d+)", library.read_bytes())
+        native = b"".join(p.read_bytes() for p in Path(self.bdist_dir, "fastseq").glob("*.so"))
+        if platform.startswith("linux_") and native:
+            # The oldest glibc that has every symbol version the libraries name (PEP 600).
+            versions = re.findall(rb"\0GLIBC_(\d+)\.(\d+)", native)
             major, minor = max((int(major), int(minor)) for major, minor in versions)
             platform = platform.replace("linux", f"manylinux_{major}_{minor}", 1)
         return "py3", "none", platform
 
 
 setup(
-    ext_modules=[Extension("fastseq._native_library", sources=[])],
+    # (The second needs the first, and may be left out.)
+    ext_modules=[
+        Extension("fastseq._native_library", sources=[]),
+        Extension("fastseq._eager", sources=[], optional=True),
+    ],
     cmdclass={"build_ext": NinjaBuild, "bdist_wheel": StableWheel},
     packages=[
         *find_packages(include=["fastseq", "fastseq.*"]),

@@ -9,7 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sysconfig
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -21,11 +25,13 @@ __all__ = [
     "cuda_built",
     "cuda_obstacle",
     "cuda_way",
+    "eager",
     "isa",
     "isa_reason",
     "kernels",
     "loaded",
     "set_isa",
+    "why_no_eager",
     "why_not_loaded",
 ]
 
@@ -61,7 +67,27 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return handle, None
 
 
+def _load_eager() -> tuple[ModuleType | None, str | None]:
+    """csrc/ops/eager, which is for one version of torch and of Python."""
+    if _library is None:
+        return None, _reason
+    name = f"_eager-torch{torch.__version__}-{sysconfig.get_config_var('SOABI')}.so"
+    file = LIBRARY.with_name(name)
+    if not file.exists():
+        return None, "it was not built for this torch and this Python"
+    loader = ExtensionFileLoader("fastseq._eager", str(file))
+    try:
+        module = module_from_spec(spec_from_file_location(loader.name, file, loader=loader))
+        loader.exec_module(module)
+    except ImportError as error:
+        return None, f"it does not load: {error}"
+    return module, None
+
+
 _library, _reason = _load()
+eager, why_no_eager = _load_eager()
+"""The module that runs recurrent layers for eager Python, autograd included; None and why where
+there is none: then they go the longer way through the registered ops."""
 
 
 def loaded() -> bool:

@@ -93,6 +93,11 @@ def recurrent_obstacle(cell: str, x: Tensor, params: Sequence[Tensor]) -> str | 
     return None if obstacle is None else refuse(cell, obstacle)
 
 
+def kernels_allowed() -> bool:
+    """Whether the CPU's kernels may run what they can, as far as use_backend goes."""
+    return _forced.get() in ("auto", "cpu")
+
+
 @functools.cache
 def bfloat16_units() -> tuple[str, ...]:
     """The instructions by which this CPU multiplies bfloat16, the fastest first."""

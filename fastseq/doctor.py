@@ -34,6 +34,7 @@ def report() -> tuple[list[tuple[str, str]], bool]:
             ("compiler", info["compiler"]),
             ("kernels", ", ".join(_native.kernels())),
             ("left out", info["left out"]),
+            ("eager calls", f"{_native.why_no_eager or 'their own module'}"),
             ("CUDA kernels", _cuda_kernels()),
             ("instruction sets", f"built: {', '.join(_native.built_isas())}"),
             ("", f"of these this machine has: {', '.join(_native.available_isas())}"),

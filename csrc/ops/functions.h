@@ -1,4 +1,4 @@
-// Ops that other ops are made of.
+// Ops that other ops, or calls from eager Python (eager/), are made of.
 #pragma once
 
 #include "tensors.h"
@@ -6,9 +6,14 @@
 namespace fastseq {
 namespace ops {
 
+// Seen from outside the library: eager/ is a module of its own.
+#define FASTSEQ_SEEN __attribute__((visibility("default")))
+
+FASTSEQ_SEEN
 Tensors recurrent_fwd(int64_t cell, Tensor x, OptionalTensor h0, OptionalTensor c0, Tensors weights,
                       bool has_biases, int64_t directions, OptionalTensor batch_sizes,
                       OptionalTensor lengths, OptionalTensor resets, Tensors masks, bool save);
+FASTSEQ_SEEN
 Tensors recurrent_bwd(int64_t cell, OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
                       Tensor x, OptionalTensor h0, OptionalTensor c0, Tensors weights,
                       bool has_biases, int64_t directions, OptionalTensor batch_sizes,

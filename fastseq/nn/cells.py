@@ -54,7 +54,7 @@ class _FastCell:
             if not batched:
                 x, states = x.unsqueeze(0), [s.unsqueeze(0) for s in states]
             h, c = (*states, None, None)[:2]
-            after = _op.run(_op.step_settings(cell, len(weights) == 4), x, h, c, weights)
+            after = _op.run(_op.settings_of(cell, len(weights) == 4), x, h, c, weights)
             if not batched:
                 after = [s.squeeze(0) for s in after]
         else:

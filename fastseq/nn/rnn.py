@@ -12,10 +12,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import backends
 from fastseq.functional._checks import NO_ZONEOUT, Options, check_zoneout
-from fastseq.functional.rnn import call, stack
+from fastseq.functional.rnn import as_matrix, call, stack
 from fastseq.nn import _compiling
 from fastseq.nn._scripting import refusal, torchs_twin
+from fastseq.ops import recurrent as _op
 from fastseq.reference.rnn import CELLS
+
+_eager = _op.eager
 
 __all__ = ["GRU", "LSTM", "RNN", "LayerNormLSTM", "PeepholeLSTM"]
 
@@ -65,6 +68,10 @@ class _FastLayer:
         Returns:
             output in the input's layout with D*P columns, and the final state shaped as hx.
         """
+        if lengths is None and resets is None and _eager is not None:
+            done = self._run_eagerly(input, hx)
+            if done is not None:
+                return done
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         more = lengths is not None or resets is not None or self.zoneout != NO_ZONEOUT
@@ -114,6 +121,22 @@ class _FastLayer:
             )
             state = self.permute_hidden(state, input.unsorted_indices)
         return output, state
+
+    def _run_eagerly(self, input, hx):
+        """The commonest calls, all at once: of one layer, in eager mode, on plain tensors that fit.
+        None for the others, which take a longer way to the same kernel or elsewhere."""
+        if (
+            torch.compiler.is_compiling()
+            or self.num_layers != 1
+            or not backends.kernels_allowed()
+            or self.zoneout != NO_ZONEOUT
+            or (weights := self._weights_now()) is None
+        ):
+            return None
+        cell = self.cell_name
+        settings = _op.settings_of(cell, self.bias, 1 + self.bidirectional, self.recompute)
+        weights = as_matrix(cell, weights, self.bias, settings.directions)
+        return _eager.layer(settings, CELLS[cell].states, input, hx, weights, self.batch_first)
 
     cell_name: str
     """Of the cell, a key of fastseq.reference.rnn.CELLS."""

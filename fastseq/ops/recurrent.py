@@ -34,10 +34,11 @@ from fastseq.reference.rnn import layer
 __all__ = [
     "CELLS",
     "Settings",
+    "eager",
     "recurrent_bwd",
     "recurrent_fwd",
     "run",
-    "step_settings",
+    "settings_of",
     "takes_step",
 ]
 
@@ -63,6 +64,10 @@ def run(settings: Settings, x, h0, c0, weights) -> list[Tensor]:
     """y (unless x is [B, I]), h_n and, of cells with two states, c_n; differentiable. Straight to
     the kernel: what :func:`recurrent_fwd` does less the dispatcher's way to autograd, which costs
     as much as a small layer."""
+    if eager is not None:
+        out = eager.run(settings, x, h0, c0, weights)
+        if out is not None:
+            return out
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, *weights):
         return _apply(settings, x, h0, c0, *weights)
     return _run_forward(settings, x, h0, c0, weights, save=False)
@@ -79,9 +84,11 @@ def takes_step(x: Tensor) -> bool:
 
 
 @functools.cache
-def step_settings(cell: str, has_biases: bool) -> Settings:
-    """Of a single step of the cell of that name."""
-    return Settings(CELLS[cell].number, has_biases, 1)
+def settings_of(
+    cell: str, has_biases: bool, directions: int = 1, recompute: bool = False
+) -> Settings:
+    """Of a call of the cell of that name with nothing out of the ordinary."""
+    return Settings(CELLS[cell].number, has_biases, directions, recompute=recompute)
 
 
 def _run_forward(settings, x, h0, c0, weights, save):
@@ -196,7 +203,9 @@ class _Recurrent(torch.autograd.Function):
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * (4 + len(weights))
         if torch.is_grad_enabled():
-            return _backward_twice(ctx, (x, h0, c0, *weights), (dy, dh_n, dc_n))
+            return None, *_backward_twice(
+                settings, ctx.needs_input_grad[1:], (x, h0, c0, *weights), (dy, dh_n, dc_n)
+            )
         if saved is None:
             saved = _run_forward(settings, x, h0, c0, weights, save=True)[-1]
         cell, has_biases, directions, *rest, _ = settings
@@ -247,9 +256,8 @@ def _fwd_autograd(cell, x, h0, c0, weights, has_biases, directions, *rest):
         return recurrent_fwd(cell, x, h0, c0, weights, has_biases, directions, *rest, save)
 
 
-def _backward_twice(ctx, inputs, cotangents):
+def _backward_twice(settings, need, inputs, cotangents):
     """The same gradients, themselves differentiable: by autograd through the reference."""
-    settings, need = ctx.settings, ctx.needs_input_grad[1:]
     # Views of their own: gradients must stop at this call's inputs, which may share a past.
     inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
     x, h0, c0, *weights = inputs
@@ -303,9 +311,12 @@ def _backward_twice(ctx, inputs, cotangents):
     grads = [None] * len(inputs)
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad
-    return None, *grads
+    return grads
 
 
+eager = _native.eager
+if eager is not None:
+    eager.on_double_backward(lambda settings, *rest: _backward_twice(Settings(*settings), *rest))
 if _native.loaded():
     recurrent_fwd = torch.ops.fastseq.recurrent_fwd.default
     recurrent_bwd = torch.ops.fastseq.recurrent_bwd.default
