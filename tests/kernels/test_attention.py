@@ -47,6 +47,14 @@ def nothing_compiled_before(tmp_path, monkeypatch):
 
 # Atomics; on NVIDIA, loads by a cache that does not see what the program wrote.
 UNWANTED = {"ptx": r"\b(atom|red)\.|\.nc\b", "amdgcn": r"_atomic_"}
+# Where a kernel writes global memory and reads it again, as ordered_accesses.py finds; the compiler
+# adds barriers of its own for shared memory.
+BARRIERS = {"additive_fwd": 2, "additive_bwd": 1, "dot_fwd": 2, "scores_bwd": 2, "merge": 0}
+BARRIER = {"ttir": r"\.(?:local_)?barrier\b", "ptx": r"\bbar\.sync\b", "amdgcn": r"\bs_barrier\b"}
+
+
+def barriers(code, form):
+    return len(re.findall(BARRIER[form], code.asm[form]))
 
 
 def faults(variant, code):
@@ -57,8 +65,13 @@ def faults(variant, code):
     form = "amdgcn" if variant.target == "gfx942" else "ptx"
     if re.search(UNWANTED[form], code.asm[form]):
         yield "atomics, or loads past the coherent cache"
-    if form == "ptx" and variant.stage != "merge" and "bar.sync" not in code.asm[form]:
-        yield "no barrier"
+    wanted = BARRIERS[variant.stage]
+    if barriers(code, "ttir") != wanted:
+        yield f"{barriers(code, 'ttir')} barriers, not {wanted}"
+    # A wavefront of AMD's is in step with itself.
+    alone = form == "amdgcn" and dict(variant.options)["num_warps"] == 1
+    if barriers(code, form) < wanted and not alone:
+        yield "barriers got lost on the way to machine code"
     # In 32 bits only what counts blocks and parts of a source.
     for line in code.asm["ttir"].splitlines():
         narrow = re.search(r"muli .*: (i32|tensor<[0-9x]+i32>)", line)
@@ -73,6 +86,20 @@ def test_every_variant_compiles_within_its_budget(stage, target):
     found = [variant for variant in aot.variants(target) if variant.stage == stage]
     wrong = [f"{v}: {fault}" for v in found for fault in faults(v, v.compiled())]
     assert found and not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("stage", ["additive_bwd", "dot_fwd", "scores_bwd"])
+def test_a_missing_barrier_is_seen(stage, tmp_path, monkeypatch):
+    """In the kernel and, as each of them is one more there, in machine code."""
+    variant = next(v for v in aot.variants("sm_90") if v.stage == stage)
+    complete = variant.compiled()
+    assert not list(faults(variant, complete))
+    nothing = triton.language.core.builtin(lambda _semantic=None: None)
+    monkeypatch.setattr(triton.language, "debug_barrier", nothing)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "without"))
+    lacking = variant.compiled()
+    assert any("barriers, not" in fault for fault in faults(variant, lacking))
+    assert barriers(lacking, "ptx") == barriers(complete, "ptx") - BARRIERS[stage]
 
 
 def test_a_budget_exceeded_is_seen():
