@@ -21,10 +21,22 @@ STAGES = ("additive_fwd", "additive_bwd", "dot_fwd", "dot_bwd")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@functools.cache
+def _too_old(device: int) -> str | None:
+    """Why a GPU by NVIDIA cannot run the kernels: aot.py compiles them for 8.0 and newer."""
+    major, minor = (8, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return None
+    return f"the Triton kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
+
+
 def obstacle(*tensors: torch.Tensor) -> str | None:
     """Why no Triton kernel can run on these tensors, or None where one can."""
     reason = why_not_available()
     if reason is not None:
+        return reason
+    device = tensors[0].get_device()
+    if device >= 0 and (reason := _too_old(device)):
         return reason
     if tensors[0].dtype not in _DTYPES:
         return f"no Triton kernel for {tensors[0].dtype}; float32, float16 and bfloat16 have one"
