@@ -387,7 +387,9 @@ def decoder_explanation(
         return Explanation(op, "torch", f"{obstacle}; a step at a time")
     if not values.is_cuda:
         return Explanation(op, "cpu", _kernel_in_use())
-    said = "a loop of CUDA and Triton kernels, one CUDA graph from the second call of a shape on"
+    plain = _attention.plain_because(values)
+    said = "Triton kernels" if plain is None else f"plain PyTorch attention ({plain})"
+    said = f"a loop of CUDA kernels and {said}, one CUDA graph from the second call of a shape on"
     refused = [graph.refused for graph in decoder_cuda.GRAPHS.values() if graph.refused]
     if refused:
         said += f"; the last capture failed: {refused[0]}"

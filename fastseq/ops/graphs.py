@@ -21,7 +21,11 @@ __all__ = ["Replayed", "capture"]
 
 
 def capture(function: Callable, inputs: Sequence) -> tuple[Callable[[], None], list[Tensor]]:
-    """A CUDA graph of ``function(*inputs)``: what replays it, and where its results lie then."""
+    """A CUDA graph of ``function(*inputs)``: what replays it, and where its results lie then.
+
+    It runs once before: what is compiled or chosen may depend on how the inputs lie in memory.
+    """
+    function(*inputs)
     graph = torch.cuda.CUDAGraph()
     stream = _capture_stream(torch.cuda.current_device())
     # The outer stream is there to come back to: a capture that fails leaves its own in place.
@@ -59,8 +63,7 @@ class Replayed:
     """Calls a function, from the second call of a kind on as a captured graph.
 
     Of a kind are calls with tensors of the same shapes and dtypes, the same other arguments, one
-    stream and the same switches of precision. The first runs the function as it is, which also
-    brings about what must not happen during a capture (compiling, choosing algorithms). The second
+    stream and the same switches of precision. The first runs the function as it is. The second
     waits for the device, once; no later one does. Where capturing fails, the function runs as it
     is from then on, for that kind of call. Inside somebody else's capture it runs as it is too, and
     becomes part of theirs.

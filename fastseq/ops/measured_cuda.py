@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +92,21 @@ def _rows(device: str, part: str) -> list[dict]:
     return TABLE.get(device, {}).get(part, [])
 
 
+# What was found, by what was asked for, and in which table: looking takes longer than launching.
+_found: dict[tuple, object] = {}
+_found_in: list[dict] = []
+
+
+def _remembered(look: Callable, *asked: Hashable):
+    if not _found_in or _found_in[0] is not TABLE or len(_found) > 4096:
+        _found.clear()
+        _found_in[:] = [TABLE]
+    key = look, *asked
+    if key not in _found:
+        _found[key] = look(*asked)
+    return _found[key]
+
+
 def _is_of(row: dict, kind: NamedTuple) -> bool:
     return all(row[field] == value for field, value in kind._asdict().items())
 
@@ -99,7 +115,10 @@ def unproved(index: int, cell: str, dtype: str, part: str = "recurrent") -> str 
     """Why kernels can't be anybody's default on a device, by its index; None where they can."""
     if not TABLE:
         return "not yet measured on a device"
-    device = device_name(index)
+    return _remembered(_unproved, device_name(index), cell, dtype, part)
+
+
+def _unproved(device: str, cell: str, dtype: str, part: str) -> str | None:
     if device not in TABLE:
         return f"not yet measured on {device}"
     for row in _rows(device, part):
@@ -153,21 +172,9 @@ class _Found(NamedTuple):
     ours: dict[str, float]  # by way
 
 
-# What was found, by what was asked for, and in which table: looking takes longer than launching.
-_found: dict[tuple, _Found | None] = {}
-_found_in: list[dict] = []
-
-
 def _nearest(device: str, kind: Kind, size: Size) -> _Found | None:
-    if not _found_in or _found_in[0] is not TABLE or len(_found) > 4096:
-        _found.clear()
-        _found_in[:] = [TABLE]
     # Lengths differ from batch to batch.
-    size = size._replace(T=1 << max(size.T, 1).bit_length() - 1)
-    asked = device, kind, size
-    if asked not in _found:
-        _found[asked] = _look(*asked)
-    return _found[asked]
+    return _remembered(_look, device, kind, size._replace(T=1 << max(size.T, 1).bit_length() - 1))
 
 
 def _look(device: str, kind: Kind, size: Size) -> _Found | None:
@@ -213,7 +220,12 @@ def torchs_reason(device: str, kind: Kind, torchs_dtype: str, size: Size) -> str
 
 
 def decoders_reason(device: str, kind: DecoderKind) -> str | None:
-    """Why a decoder is left to torch; None where ours took less at every size measured."""
+    """Why a decoder is left to torch; None where ours took less at every size measured, or as
+    much."""
+    return _remembered(_slowest_decoder, device, kind)
+
+
+def _slowest_decoder(device: str, kind: DecoderKind) -> str | None:
     rows = [row for row in _rows(device, "decoder") if _is_of(row, kind)]
     if not rows:
         return f"no decoder of such a kind was measured on {device}"

@@ -215,6 +215,7 @@ def test_decoders_come_into_the_table_by_their_kind(host, tmp_path, monkeypatch)
             assert "no decoder" in measured_cuda.decoders_reason("a GPU", kind._replace(layers=2))
     for row in table["a GPU"]["decoder"]:
         row["ours"] = 0.5
+    monkeypatch.setattr(measured_cuda, "TABLE", dict(table))
     assert measured_cuda.decoders_reason("a GPU", DecoderKind("gru", mode="train")) is None
 
 

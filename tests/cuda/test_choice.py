@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastseq.kernels import why_not_available
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -249,46 +250,6 @@ def test_rows_and_steps_are_told_apart(a_gpu, monkeypatch, batch_first):
         assert said(nn.GRU, *shape, H=512, **options).backend == backend
 
 
-def kind_and_size(cell="lstm", dtype="f16", layers=1, directions=1, packed=False, projected=False,
-                  mode="train", T=50, B=64, I=256, H=256):  # noqa: E741  # fmt: skip
-    kind = measured_cuda.Kind(cell, dtype, layers, directions, packed, projected, mode)
-    return kind, measured_cuda.Size(T, B, I, H)
-
-
-@pytest.mark.parametrize(
-    "given, algorithm",
-    [
-        (dict(), "persistent"),
-        (dict(B=128, H=1024), "persistent"),
-        (dict(cell="rnn_tanh", H=512, B=96), "persistent"),
-        (dict(cell="rnn_tanh", H=896, B=96), "standard"),
-        (dict(cell="rnn_relu", H=896, B=88), "persistent"),
-        *((dict([it]), "standard") for it in (
-            ("cell", "gru"), ("dtype", "bf16"), ("dtype", "f32"), ("layers", 2), ("directions", 2),
-            ("packed", True), ("projected", True), ("H", 1152), ("H", 250), ("I", 250), ("B", 63),
-            ("B", 136),
-        )),
-        *((dict(cell=cell, dtype=dtype, H=H, directions=2), "small")
-          for cell, H in (("lstm", 128), ("gru", 128), ("rnn_tanh", 256))
-          for dtype in ("f32", "bf16", "tf32")),
-        (dict(H=128, dtype="f64"), "standard"),
-        (dict(H=128, packed=True), "standard"),
-        (dict(H=128, projected=True), "standard"),
-    ],
-)  # fmt: skip
-def test_what_torch_has_cudnn_do(given, algorithm):
-    assert measured_cuda.cudnn_algorithm(*kind_and_size(**given)) == (algorithm,) * 2
-    forward = measured_cuda.cudnn_algorithm(*kind_and_size(mode="inf", **given))
-    assert forward == (algorithm,)
-
-
-def test_small_layers_go_backward_by_another_algorithm():
-    for cell, forward, backward in (("lstm", 192, 128), ("gru", 192, 128), ("rnn_relu", 384, 256)):
-        of = lambda H, cell=cell: measured_cuda.cudnn_algorithm(*kind_and_size(cell, "f32", H=H))  # noqa: E731
-        assert of(backward) == ("small", "small") and of(forward) == ("small", "standard")
-        assert of(backward + 1) == ("small", "standard") and of(forward + 1) == ("standard",) * 2
-
-
 def test_times_of_another_algorithm_of_cudnns_say_nothing(a_gpu, monkeypatch):
     plant(monkeypatch, row(dtype="f16", I=500, H=500))
     half = dict(dtype=torch.float16)
@@ -369,6 +330,10 @@ def test_a_decoder_is_chosen_by_rows_of_decoders(a_gpu, monkeypatch):
     plant(monkeypatch, decoder=[decoder_row()])
     found = explain_decoder()
     assert found.backend == "cuda" and "one CUDA graph" in found.reason
+    assert f"plain PyTorch attention ({why_not_available()})" in found.reason
+    with monkeypatch.context() as patch:
+        patch.setattr(fastseq.backends._attention, "plain_because", lambda *given: None)
+        assert "a loop of CUDA kernels and Triton kernels, one" in explain_decoder().reason
     combine = (torch.empty(16, 32, device="cuda"), None)
     for others in (
         dict(kind="lstm"), dict(combine=combine), dict(combine=combine, input_feeding=True),
@@ -447,18 +412,3 @@ def test_the_way_measured_fastest_is_taken_where_it_can(a_gpu, exact, monkeypatc
     # Too large for a block: not an error.
     found = said(nn.LSTM, 20, 64, 16, H=300).reason
     assert ("`step`, a product" in found) == (fastest == "step")
-
-
-def test_the_table_is_what_the_benchmarks_write():
-    """By hand or by machine, each row is whole."""
-    for parts in measured_cuda.TABLE.values():
-        assert parts.keys() <= {"recurrent", "decoder"}
-        for part, kind, sizes in (
-            ("recurrent", measured_cuda.Kind, measured_cuda.Size._fields),
-            ("decoder", measured_cuda.DecoderKind, tuple("BTSH")),
-        ):
-            for row in parts.get(part, []):
-                assert {*kind._fields, *sizes} <= row.keys()
-                assert (
-                    "wrong" in row or "torch" in row and {*measured_cuda.WAYS, "ours"} & row.keys()
-                )

@@ -228,11 +228,14 @@ def test_a_capture_has_a_stream_of_its_device_and_leaves_the_caller_s(monkeypatc
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     graphs._capture_stream.cache_clear()
+    ran = []
     for device in (0, 1, 0):
         now["device"] = device
         with pytest.raises(RuntimeError, match="capturing failed"):
-            graphs.capture(lambda: [], [])
+            graphs.capture(lambda: ran.append(now["stream"]) or [], [])
         assert now["stream"] == "mine"
+        # What must not happen during a capture, such as compiling, did before.
+        assert ran[-2:] == ["mine", captured[-1]]
     graphs._capture_stream.cache_clear()
     assert [stream.device for stream in captured] == [0, 1, 0] and captured[0] is captured[2]
 
