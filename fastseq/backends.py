@@ -365,6 +365,8 @@ def recurrent_explanation(
         if options is not None:
             call = _GpuCall.of(cell, x, params, options)
             said += f": {_cuda_ways(call, x.dtype, any(options.zoneout))}"
+        elif plain and _forced.get() != "cuda" and not _REFERENCE[cell].extras:
+            said += " for calls of a kind and size at which they were measured faster than torch's"
         return Explanation(cell, "cuda", said)
     return Explanation(cell, "cpu", _kernel_in_use())
 

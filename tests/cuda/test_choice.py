@@ -259,6 +259,14 @@ def test_times_of_another_algorithm_of_cudnns_say_nothing(a_gpu, monkeypatch):
     assert said(nn.LSTM, 50, 64, 500, H=512, **half).backend == "cuda"
 
 
+def test_without_an_input_it_depends(a_gpu, monkeypatch):
+    plant(monkeypatch, row())
+    for layer, depends in ((nn.LSTM, True), (nn.PeepholeLSTM, False)):
+        found = fastseq.explain(layer(16, 512, device="cuda"))
+        assert found.backend == "cuda"
+        assert found.reason.endswith("measured faster than torch's") == depends
+
+
 def test_a_table_is_one_devices(a_gpu, monkeypatch):
     monkeypatch.setattr(measured_cuda, "TABLE", {"another GPU": {"recurrent": [row()]}})
     for options in ({}, dict(zoneout=0.1)):
