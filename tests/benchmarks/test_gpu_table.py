@@ -45,7 +45,7 @@ def host(monkeypatch):
     monkeypatch.setattr(
         measured_cuda, "TABLE", {"another": {"recurrent": [1]}, "a GPU": {"old": []}}
     )
-    with on_host():
+    with on_host(layers=False):
         yield
 
 
@@ -67,7 +67,11 @@ CASES = [
 
 
 def test_every_case_is_checked_timed_and_chosen_by(host, tmp_path, monkeypatch):
+    taken, kernels = set(), torch.ops.fastseq.recurrent_cuda_fwd
+    recorded = lambda *given: taken.add(way := kernels(*given)) or way  # noqa: E731
+    monkeypatch.setattr(torch.ops.fastseq, "recurrent_cuda_fwd", recorded)
     status, rows, table = recurrent(tmp_path, monkeypatch, CASES)
+    assert taken == set(bench_recurrent_gpu.WAYS.values())
     assert status == 0 and [row["status"] for row in rows] == ["ok"] * 10
     assert table["another"] == {"recurrent": [1]} and table["a GPU"].keys() == {"old", "recurrent"}
     monkeypatch.setattr(measured_cuda, "TABLE", table)

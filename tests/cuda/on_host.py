@@ -21,8 +21,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
+from fastseq.nn import rnn
 from fastseq.ops import recurrent, recurrent_cuda
 
 __all__ = ["COMPILER", "load", "on_host"]
@@ -89,6 +91,7 @@ def on_host(
     processors: int = 0,
     shared: int = 0,
     blocks: int = 0,
+    layers: bool = True,
 ) -> Iterator[None]:
     """Inside, fastseq's recurrent layers run the GPU's kernels, on the host.
 
@@ -99,16 +102,30 @@ def on_host(
         processors, shared: the device's multiprocessors, and the bytes of shared memory that a
             block may have; 0: an H200's.
         blocks: how many run at once; 0: one a multiprocessor.
+        layers: whether a layer must run inside.
+
+    Raises:
+        RuntimeError: none did, so that the CPU's kernels were tested in place of the GPU's.
     """
-    library = load()
-    before = recurrent._forward, recurrent._backward, recurrent_cuda.way
-    recurrent._forward, recurrent._backward = recurrent_cuda.forward, recurrent_cuda.backward
-    recurrent_cuda.way = way
-    library.fastseq_thread_order(order)
-    library.fastseq_device(processors, shared, blocks)
-    try:
-        yield
-    finally:
-        library.fastseq_thread_order(0)
-        library.fastseq_device(0, 0, 0)
-        recurrent._forward, recurrent._backward, recurrent_cuda.way = before
+    library, ran = load(), []
+
+    def forward(*arguments):
+        ran.append(arguments)
+        return recurrent_cuda.forward(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # A call that goes straight to the CPU's kernels passes these by.
+        for module, name in ((recurrent, "eager"), (rnn, "_eager")):
+            patch.setattr(module, name, None)
+        patch.setattr(recurrent, "_forward", forward)
+        patch.setattr(recurrent, "_backward", recurrent_cuda.backward)
+        patch.setattr(recurrent_cuda, "way", way)
+        library.fastseq_thread_order(order)
+        library.fastseq_device(processors, shared, blocks)
+        try:
+            yield
+        finally:
+            library.fastseq_thread_order(0)
+            library.fastseq_device(0, 0, 0)
+    if layers and not ran:
+        raise RuntimeError("on_host: expected a layer on the GPU's kernels, none ran")

@@ -44,7 +44,7 @@ def loop(monkeypatch):
         monkeypatch.setitem(decoder_cuda.GRAPHS, name, Replayed(function, capture=stand_in))
     monkeypatch.setattr(op, "attention_decoder_fwd", decoder_cuda.forward)
     monkeypatch.setattr(op, "attention_decoder_bwd", decoder_cuda.backward)
-    with on_host():
+    with on_host(layers=False):
         yield
 
 

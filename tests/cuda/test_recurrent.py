@@ -359,7 +359,7 @@ def test_what_is_kept_is_as_large_as_tracing_is_told(cell, P, form):
     masks = [torch.zeros(*x.shape[:-1], w) for w in widths * D] if kind.masks else []
     sizes, lengths = (case.keywords.get(name) for name in ("batch_sizes", "lengths"))
     given = (weights, True, D, sizes, lengths, None, masks, True)
-    with on_host():
+    with on_host(layers=False):
         found = recurrent_cuda.forward(kind.number, x, h0, c0, *given)
     with FakeTensorMode():
         fake = lambda t: None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda")  # noqa: E731
@@ -395,7 +395,7 @@ def test_a_step_is_one_product_beside_its_kernel(cell, once, each):
     for T in (1, 4):
         h, c = torch.zeros(1, 3, H), torch.zeros(1, 3, H) if kind.states == 2 else None
         params = [torch.zeros(kind.params + biases, H)] if kind.params else []
-        with on_host(STEP), torch.profiler.profile() as seen:
+        with on_host(STEP, layers=False), torch.profiler.profile() as seen:
             torch.ops.fastseq.recurrent_cuda_fwd(
                 kind.number, STEP, 0, T, torch.zeros(3 * T, kind.gates * H),
                 [torch.zeros(kind.gates * H, H)], [], params, [], None, None, None, h, c,
