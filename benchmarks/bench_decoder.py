@@ -114,9 +114,6 @@ def rows(size: tuple[int, ...], device: str, quick: bool) -> Iterator[Row]:
         return call
 
     for kind, mode in product(KINDS[device], MODES):
-        # Which token is likeliest has no gradient.
-        if mode == "train" and kind[-1] == "chosen":
-            continue
 
         def measure(seconds: float, kind=kind, mode=mode) -> dict[str, object]:
             short = build(size, kind, device, SHORT)
