@@ -23,14 +23,19 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
   const PanelProduct<T> by_hh{gates, s.P, nullptr}, by_hr{s.P, s.H, nullptr};
   const int64_t panels = by_hh.panels(), hr_panels = projected ? by_hr.panels() : 0;
   constexpr bool kByRow = cell::kNormalised<Cell>;
-  const Plan plan = kByRow
-                        ? plan_normalised(s, gates * s.P, threads.count)
+  const int64_t leaves = leaves_of<Cell, T>(s, projected);
+  const Plan plan = kByRow ? plan_normalised(s, gates * s.P, threads.count)
+                    : leaves
+                        ? plan_leaves(s, leaves, threads.count)
                         : plan_steps(s, gates * s.P, gates * s.P, panels, sizeof(T), threads.count);
   const int64_t tasks = plan.tasks * s.D;
-  const int64_t task_rows = plan.by_units ? s.B : min64(plan.chunk, s.B);
+  const int64_t task_rows = plan.by_units ? s.B
+                            : plan.chunk  ? min64(plan.chunk, s.B)
+                                          : ceil_div(s.B, plan.tasks);
   const bool own =
       !plan.by_units && tasks > s.D && !projected && gates * s.P * int64_t(sizeof(T)) <= kOwnCopy;
 
+  DeferredByRows<Cell, T> by_rows(loop, leaves);
   BackwardTask<T>* task = nullptr;
   T* packed_hh = nullptr;
   T* packed_hr = nullptr;
@@ -65,7 +70,11 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
       one.row_scratch = memory.template take<T>(size_t(scratch_rows * s.H));
       if (task) task[i] = one;
     }
-    pointers = memory.template take<const T*>(size_t(deferred_pointers(s, gates)));
+    if (leaves) {
+      by_rows.lay_out(memory, tasks);
+    } else {
+      pointers = memory.template take<const T*>(size_t(deferred_pointers(s, gates)));
+    }
   };
   ScratchSize needed;
   lay_out(needed);
@@ -91,16 +100,28 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
     run_tasks(worth ? threads : Threads{1, nullptr}, s.D * pieces,
               [&](int64_t i) { pack(i / pieces, i % pieces); });
   }
-  if (Cell::kStates == 2) {
-    for (int64_t i = 0; i < s.D * s.B * s.H; ++i) a.dc0[i] = a.dc_n ? a.dc_n[i] : T(0);
-  }
+  // By whoever goes on with it: what one core has written costs another as much as a step to fetch.
+  auto start = [&](const Share& share) {
+    for (int64_t b = share.b0; Cell::kStates == 2 && b < share.b1; ++b) {
+      const int64_t state = (share.d * s.B + s.sequence(b)) * s.H;
+      for (int64_t u = 0; u < s.H; ++u) a.dc0[state + u] = a.dc_n ? a.dc_n[state + u] : T(0);
+    }
+  };
+  for (int64_t d = 0; plan.by_units && d < s.D; ++d) start({int(d), 0, s.B, 0, 0, 0, 0});
 
   const int phases = loop.in_two_phases() ? 2 : 1;
   // The step before the first, for dL/dh0, has no cells.
   const int64_t steps = s.T * phases + (a.dh0 ? 1 : 0);
   run_steps(plan, tasks, steps, phases, threads, [&](int64_t i, int64_t step, int phase) {
     for (int64_t piece = 0; own && step == 0 && piece < pieces; ++piece) pack(i, piece);
-    if (phase == 0) {
+    if (!plan.by_units && step == 0 && phase == 0) start(task[i].share);
+    if (leaves) {
+      const int64_t from = i * leaves / tasks, to = (i + 1) * leaves / tasks;
+      if (step == 0) by_rows.prepare(i, from, to);
+      loop.by_hh(step, task[i]);
+      if (step > 0) by_rows.step(i, from, to, step - 1);
+      if (step == s.T - 1 && !a.dh0) by_rows.step(i, from, to, step);
+    } else if (phase == 0) {
       loop.by_hh(step, task[i]);
     } else if constexpr (kByRow) {
       normalised_step(loop, step, task[i]);
@@ -108,5 +129,13 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
       loop.by_hr(step, task[i]);
     }
   });
-  recurrent_deferred(loop, pointers, threads);
+  if (!leaves) {
+    recurrent_deferred(loop, pointers, threads);
+    return;
+  }
+  run_tasks(threads, tasks, [&](int64_t i) {
+    const int64_t vectors = by_rows.ld / kLanes<T>;
+    by_rows.finish(i * vectors / tasks * kLanes<T>, (i + 1) * vectors / tasks * kLanes<T>);
+    if (i == 0) by_rows.finish_sums();
+  });
 }

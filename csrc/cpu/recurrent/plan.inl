@@ -63,7 +63,7 @@ struct Walk {
 struct Plan {
   bool by_units;
   int tasks;      // a direction
-  int64_t chunk;  // sequences, or groups of units, a task
+  int64_t chunk;  // sequences, or groups of units, a task; 0: sequences in equal parts
 };
 
 // `weights`: what a step multiplies each row by; `all`: multiply-adds a token, those made ahead
@@ -99,6 +99,14 @@ inline Plan plan_steps(const RecurrentShape& s, int64_t weights, int64_t all, in
   return {false, int(max64(1, ceil_div(s.B, max64(chunk, 1)))), max64(chunk, 1)};
 }
 
+// By sequences, where what they contribute is summed over so many leaves of them (a power of two,
+// as the number of tasks then is); see deferred_by_rows.inl.
+inline Plan plan_leaves(const RecurrentShape& s, int64_t leaves, int threads) {
+  int64_t tasks = 1;
+  while (2 * tasks <= min64(leaves, threads)) tasks *= 2;
+  return {false, int(tasks), 0};
+}
+
 // A part of the work of a step: a direction, its rows [b0, b1), its groups of units [g0, g1), and
 // of the panels of a projection [p0, p1).
 struct Share {
@@ -116,9 +124,12 @@ inline Share share_of(const Plan& plan, const RecurrentShape& s, int64_t task, i
     share.g1 = min64(share.g0 + plan.chunk, groups);
     share.p0 = min64(part * each, panels);
     share.p1 = min64(share.p0 + each, panels);
-  } else {
+  } else if (plan.chunk) {
     share.b0 = part * plan.chunk;
     share.b1 = min64(share.b0 + plan.chunk, s.B);
+  } else {
+    share.b0 = s.B * part / plan.tasks;
+    share.b1 = s.B * (part + 1) / plan.tasks;
   }
   return share;
 }

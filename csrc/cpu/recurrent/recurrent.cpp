@@ -31,6 +31,8 @@ namespace {
 
 #include "deferred.inl"
 
+#include "deferred_by_rows.inl"
+
 #include "backward.inl"
 
 #include "one_step_backward.inl"
