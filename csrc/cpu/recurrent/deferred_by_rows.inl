@@ -6,10 +6,12 @@
 // Sums are over leaves, so many sequences each whatever the number of threads, and the leaves' sums
 // are added up as a binary tree: results have the same bits for any number of threads.
 
+constexpr int64_t kMostLeaves = 8;
+
 // How many leaves, a power of two; 0 where the products are deferred.
 template <class Cell, class T>
 int64_t leaves_of(const RecurrentShape& s, bool projected) {
-  constexpr int64_t kMostLeaves = 8, kFewestRows = 32, kSmall = int64_t(64) << 10;
+  constexpr int64_t kFewestRows = 32, kSmall = int64_t(64) << 10;
   const int64_t weights = Cell::kGates * s.H * (s.I + s.P);
   if (cell::kNormalised<Cell> || projected || s.D > 1 || weights * int64_t(sizeof(T)) > kSmall) {
     return 0;
@@ -64,6 +66,20 @@ void add_rows_by_rows(int64_t K, const T* const* a, const T* const* b, int64_t M
       });
     }
   }
+}
+
+// Vectors of the leaves, `size` apart, in two parts each, added up as a binary tree.
+template <class T>
+FASTSEQ_TILE Vec<T> leaf_sum(const T* total, const T* branch, int64_t size, int64_t leaves,
+                             int lanes) {
+  Vec<T> sum[kMostLeaves];
+  for (int64_t i = 0; i < leaves; ++i) {
+    sum[i] = load(total + i * size, lanes) + load(branch + i * size, lanes);
+  }
+  for (int64_t left = leaves / 2; left > 0; left /= 2) {
+    for (int64_t i = 0; i < left; ++i) sum[i] = sum[2 * i] + sum[2 * i + 1];
+  }
+  return sum[0];
 }
 
 template <class Cell, class T>
@@ -148,7 +164,7 @@ struct DeferredByRows {
     auto sum = [&](int block, T* out) {
       for (int64_t u = 0; u < s.H; u += kLanes<T>) {
         const int lanes = int(min64(kLanes<T>, s.H - u));
-        store(out + u, of_leaves(at + block * s.H + u, lanes, 0, leaves), lanes);
+        store(out + u, of_leaves(at + block * s.H + u, lanes), lanes);
       }
     };
     for (int i = 0; i < Cell::kGates && a.db_ih[0]; ++i) {
@@ -162,7 +178,8 @@ struct DeferredByRows {
 
  private:
   // What the rows [b, end) of step t, of one leaf, contribute.
-  void tokens(int64_t task, int64_t leaf, int64_t t, int64_t b, int64_t end) const {
+  __attribute__((noinline)) void tokens(int64_t task, int64_t leaf, int64_t t, int64_t b,
+                                        int64_t end) const {
     const RecurrentBackward<T>& a = loop.a;
     const T *x[kTokens], *h[kTokens], *dsums[kTokens], *of_h[kTokens];
     const int64_t count = end - b;
@@ -199,25 +216,20 @@ struct DeferredByRows {
     }
   }
 
-  // The sum over the leaves [from, to) of the vector at `at` of each.
-  Vec<T> of_leaves(int64_t at, int lanes, int64_t from, int64_t to) const {
-    if (to - from == 1) {
-      return load(total + from * size + at, lanes) + load(branch + from * size + at, lanes);
-    }
-    const int64_t middle = (from + to) / 2;
-    return of_leaves(at, lanes, from, middle) + of_leaves(at, lanes, middle, to);
+  // The sum over the leaves of the vector at `at` of each.
+  Vec<T> of_leaves(int64_t at, int lanes = kLanes<T>) const {
+    return leaf_sum(total + at, branch + at, size, leaves, lanes);
   }
 
   // M rows of the matrix at `at`, of the columns from n on: column by column to to(column, m).
   template <class To>
-  void transposed(int64_t at, int64_t n, int64_t M, const To& to) const {
+  __attribute__((noinline)) void transposed(int64_t at, int64_t n, int64_t M, const To& to) const {
     for (int64_t m = 0; m < M; m += kLanes<T>) {
       const int rows = int(min64(kLanes<T>, M - m));
       Square<T> square;
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes<T>; ++i) {
-        square.row[i] =
-            i < rows ? of_leaves(at + (m + i) * ld + n, kLanes<T>, 0, leaves) : Vec<T>{};
+        square.row[i] = i < rows ? of_leaves(at + (m + i) * ld + n) : Vec<T>{};
       }
       square.transpose();
       for (int64_t j = 0; j < min64(kLanes<T>, gates - n); ++j) {
