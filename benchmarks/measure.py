@@ -16,7 +16,7 @@ from statistics import quantiles
 
 import torch
 
-from fastseq import _native
+from fastseq import _native, backends
 
 __all__ = ["Timing", "busy", "interleaved", "machine", "peak_gflops"]
 
@@ -146,7 +146,7 @@ def machine() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "isa": _native.isa() if _native.loaded() else f"none: {_native.why_not_loaded()}",
-        "matmul precision": torch.get_float32_matmul_precision(),
+        "matmul precision": backends.float32_matmul_precision(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
