@@ -38,6 +38,18 @@ class _FastCell:
             The state after the step, shaped as hx.
         """
         weights = self._weights_now()
+        if (
+            weights is not None
+            and _op.eager is not None
+            and not torch.compiler.is_compiling()
+            and backends.kernels_allowed()
+        ):
+            settings = _op.settings_of(self.cell_name, len(weights) == 4)
+            states = CELLS[self.cell_name].states
+            # A single step, all at once; None where it is anything but plain.
+            done = _op.eager.layer(settings, states, input, hx, weights, None)
+            if done is not None:
+                return done
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
         if weights is None or not self._serves(input, states):
             return super().forward(input, hx)

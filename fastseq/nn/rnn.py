@@ -18,8 +18,6 @@ from fastseq.nn._scripting import refusal, torchs_twin
 from fastseq.ops import recurrent as _op
 from fastseq.reference.rnn import CELLS
 
-_eager = _op.eager
-
 __all__ = ["GRU", "LSTM", "RNN", "LayerNormLSTM", "PeepholeLSTM"]
 
 
@@ -68,7 +66,7 @@ class _FastLayer:
         Returns:
             output in the input's layout with D*P columns, and the final state shaped as hx.
         """
-        if lengths is None and resets is None and _eager is not None:
+        if lengths is None and resets is None and _op.eager is not None:
             done = self._run_eagerly(input, hx)
             if done is not None:
                 return done
@@ -136,7 +134,7 @@ class _FastLayer:
         cell = self.cell_name
         settings = _op.settings_of(cell, self.bias, 1 + self.bidirectional, self.recompute)
         weights = as_matrix(cell, weights, self.bias, settings.directions)
-        return _eager.layer(settings, CELLS[cell].states, input, hx, weights, self.batch_first)
+        return _op.eager.layer(settings, CELLS[cell].states, input, hx, weights, self.batch_first)
 
     cell_name: str
     """Of the cell, a key of fastseq.reference.rnn.CELLS."""

@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastseq import _native, nn
-from fastseq.nn import rnn as nn_rnn
 from fastseq.ops import recurrent as op
 
 HAS_HEADERS = Path(sysconfig.get_path("include"), "Python.h").exists()
@@ -25,7 +24,6 @@ def needs_eager():
 
 def without_eager(monkeypatch):
     monkeypatch.setattr(op, "eager", None)
-    monkeypatch.setattr(nn_rnn, "_eager", None)
 
 
 def test_it_is_built_and_loaded_wherever_python_has_its_headers():
@@ -113,6 +111,46 @@ def test_second_derivatives_are_those_of_the_registered_ops(name, monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cls", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_have_the_bits_of_the_registered_ops(cls, bias, monkeypatch):
+    torch.manual_seed(7)
+    cell, x = cls(4, 6, bias=bias), torch.randn(3, 4, requires_grad=True)
+    hx = [torch.randn(3, 6, requires_grad=True) for _ in range(2)]
+    given = tuple(hx) if cls is nn.LSTMCell else hx[0]
+
+    def everything():
+        results = []
+        for state in (None, given):
+            out = cell(x, state)
+            out = out if isinstance(out, tuple) else (out,)
+            leaves = [x, *cell.parameters(), *(hx[: len(out)] if state is not None else ())]
+            total = sum((o * (i + 1)).square().sum() for i, o in enumerate(out))
+            results += [*out, *torch.autograd.grad(total, leaves)]
+        return results
+
+    here = everything()
+    without_eager(monkeypatch)
+    for a, b in zip(here, everything(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "x, hx",
+    [
+        (torch.randn(4), None),
+        (torch.randn(3, 3), None),
+        (torch.randn(3, 4), torch.randn(2, 6)),
+        (torch.randn(3, 4), torch.randn(1, 3, 6)),
+        (torch.randn(3, 4), torch.randn(3, 5)),
+        (torch.randn(2, 3, 4), None),
+    ],
+)
+def test_a_cells_call_that_does_not_fit_is_left(x, hx):
+    cell = nn.GRUCell(4, 6)
+    assert op.eager.layer(SETTINGS, 1, x, hx, list(cell.parameters()), None) is None
+
+
 def counted(monkeypatch):
     """Calls that the module took, and those it left."""
     taken, left = [], []
@@ -129,7 +167,6 @@ def counted(monkeypatch):
             return call
 
     monkeypatch.setattr(op, "eager", Counting())
-    monkeypatch.setattr(nn_rnn, "_eager", Counting())
     return taken, left
 
 
@@ -142,7 +179,8 @@ def test_modules_and_cells_go_through_it(monkeypatch):
     nn.LSTM(4, 6, num_layers=2)(x)
     assert taken[2:] == ["run", "run"]
     nn.LSTMCell(4, 6)(x[0])
-    assert taken[4:] == ["run"]
+    nn.GRUCell(4, 6)(x[0], torch.randn(3, 6))
+    assert taken[4:] == ["layer", "layer"]
     assert not left
 
 

@@ -314,8 +314,37 @@ PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// Whether x [T, B, I] (or [B, T, I], or of a cell [B, I]), the states where they are given, and the
+// weights are what the kernels take.
+bool fit(const Settings& settings, const Inputs& in, bool stateful, bool two_states,
+         bool batch_first) {
+  const at::Tensor &x = in.x, &w_ih = in.weights[0], &w_hh = in.weights[1];
+  if (!x.defined() || (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble) ||
+      w_ih.dim() != 2 || w_hh.dim() != 2 || x.size(-1) != w_ih.size(1) ||
+      x.size(batch_first ? 1 : 0) == 0) {
+    return false;
+  }
+  for (const at::Tensor& w : in.weights) {
+    if (!w.defined() || w.scalar_type() != x.scalar_type()) return false;
+  }
+  const int64_t B = x.size(batch_first ? 0 : -2);
+  const auto is_state = [&](const at::Tensor& t, int64_t width) {
+    return t.defined() && t.dim() == x.dim() && t.size(-1) == width && t.size(-2) == B &&
+           (t.dim() == 2 || t.size(0) == settings.directions) && t.scalar_type() == x.scalar_type();
+  };
+  if (!stateful) return true;
+  // (Every cell with two states has four gates.)
+  return is_state(in.h0, w_hh.size(1)) && (!two_states || is_state(in.c0, w_ih.size(0) / 4));
+}
+
+PyObject* states_in_python(const at::Tensor* states, bool two) {
+  if (!two) return in_python(states[0]);
+  return PyTuple_Pack(2, object_of(states[0]).ptr(), object_of(states[1]).ptr());
+}
+
 // layer(settings, states, input, hx, weights, batch_first): what a module with one layer returns,
-// or None where anything is not as it should be, or not for here.
+// or, where batch_first is None, a cell; None where anything is not as it should be or not for
+// here.
 PyObject* layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 6, "fastseq._eager.layer: expected 6 arguments, got ", count);
@@ -331,36 +360,18 @@ PyObject* layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (pair && !(PyTuple_Check(hx) && PyTuple_GET_SIZE(hx) == 2)) Py_RETURN_NONE;
   Inputs in{taken(arguments[2]), taken(pair ? PyTuple_GET_ITEM(hx, 0) : hx),
             taken(pair ? PyTuple_GET_ITEM(hx, 1) : Py_None), taken.all(arguments[4])};
-  if (!taken.plain() || in.weights.size() < 2) Py_RETURN_NONE;
-  const bool batch_first = arguments[5] == Py_True;
-  const at::Tensor &x = in.x, &w_ih = in.weights[0], &w_hh = in.weights[1];
-  const auto is_kernels = [](const at::Tensor& t) {
-    return t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble;
-  };
-  bool fits = x.defined() && x.dim() == 3 && is_kernels(x) && w_ih.dim() == 2 && w_hh.dim() == 2 &&
-              x.size(2) == w_ih.size(1) && x.size(batch_first ? 1 : 0) > 0;
-  for (const at::Tensor& w : in.weights) {
-    fits = fits && w.defined() && w.scalar_type() == x.scalar_type();
-  }
-  if (!fits) Py_RETURN_NONE;
-  const int64_t B = x.size(batch_first ? 0 : 1);
-  const auto is_state = [&](const at::Tensor& t, int64_t width) {
-    return t.defined() && t.dim() == 3 && t.size(0) == settings.directions && t.size(1) == B &&
-           t.size(2) == width && t.scalar_type() == x.scalar_type();
-  };
-  // (Every cell with two states has four gates.)
-  if (hx != Py_None &&
-      !(is_state(in.h0, w_hh.size(1)) && (!two || is_state(in.c0, w_ih.size(0) / 4)))) {
+  const bool cell = arguments[5] == Py_None, batch_first = arguments[5] == Py_True;
+  if (!taken.plain() || in.weights.size() < 2 || !in.x.defined() || in.x.dim() != (cell ? 2 : 3) ||
+      !fit(settings, in, hx != Py_None, two, batch_first)) {
     Py_RETURN_NONE;
   }
-  if (batch_first) in.x = x.transpose(0, 1);
+  if (batch_first) in.x = in.x.transpose(0, 1);
   variable_list out = run_layer(settings, in);
+  if (cell) return states_in_python(out.data(), two);
   if (batch_first) out[0] = out[0].transpose(0, 1);
-  PyObject* state =
-      two ? PyTuple_Pack(2, object_of(out[1]).ptr(), object_of(out[2]).ptr()) : in_python(out[1]);
   PyObject* result = PyTuple_New(2);
   PyTuple_SET_ITEM(result, 0, in_python(out[0]));
-  PyTuple_SET_ITEM(result, 1, state);
+  PyTuple_SET_ITEM(result, 1, states_in_python(&out[1], two));
   return result;
   END_HANDLE_TH_ERRORS
 }
