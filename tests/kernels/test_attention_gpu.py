@@ -447,24 +447,43 @@ def test_opcheck(score, where):
     torch.library.opcheck(backward, given)
 
 
-# What float32 products may be off by, relative, in the Frobenius norm.
-SWITCH = {"high": 2e-5, "medium": 3e-3}
+# What results may be off by, relative, in the Frobenius norm: those of the kernels, and gradients
+# that are products of torch's. For them cuBLAS rounds both factors to TF32, under either switch:
+# 2^-11 each, so twice that.
+SWITCH = {"high": (2e-5, 1e-3), "medium": (3e-3, 3e-3)}
+BY_TORCH = {
+    "additive": {"grad values"},
+    "dot": {"grad values", "grad query", "grad keys"},
+}
+
+
+def as_tf32(t):
+    """Rounded to its 10 bits after the leading one."""
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 @pytest.mark.parametrize("switch", SWITCH)
 @BOTH
-def test_the_precision_switch(score, switch):
+def test_the_precision_switch(score, switch, monkeypatch):
+    """Where nothing else would, torch's products round as cuBLAS does: so the table is seen to name
+    them all and no other."""
     case = drawn(score, 2, 17, 20, 64, 32, scale=1.0 if score == "additive" else 0.125)
     wide = case.to(torch.float64)
     exact = run_with_grads(wide.functional(scores), wide.inputs, wide.cotangents)
+    if INTERPRETED:
+        bmm = torch.bmm
+        monkeypatch.setattr(torch, "bmm", lambda *factors: bmm(*map(as_tf32, factors)))
     torch.set_float32_matmul_precision(switch)
     try:
         found = run_with_grads(case.functional(functional), case.inputs, case.cotangents)
     finally:
         torch.set_float32_matmul_precision("highest")
+    kernels, torchs = SWITCH[switch]
     for name, truth in exact.items():
         error = (found[name] - truth).norm() / truth.norm()
-        assert error < SWITCH[switch], (name, error)
+        assert error < (torchs if name in BY_TORCH[score] else kernels), (name, error)
+        if INTERPRETED and switch == "high":
+            assert (error > kernels) == (name in BY_TORCH[score]), (name, error)
 
 
 def test_the_fast_tanh_is_as_good_as_documented():
