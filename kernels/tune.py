@@ -78,14 +78,15 @@ def too_much(stage: str, call: Callable[[], object], target: str, device: str = 
 
 def search(
     tried: Iterable[dict[str, int]], measure: Callable[[dict[str, int]], float], until: float
-) -> tuple[dict[str, int], float]:
-    """The candidate with the least ``measure``, among those begun before the clock says ``until``.
+) -> tuple[dict[str, int] | None, float]:
+    """The candidate with the least ``measure``, among those begun before the clock says ``until``;
+    None if none of them runs.
 
-    The first is measured whatever the time. One that cannot run counts as slow.
+    The first is measured whatever the time.
     """
     best, least = None, float("inf")
-    for config in tried:
-        if best is not None and time.monotonic() > until:
+    for at, config in enumerate(tried):
+        if at and time.monotonic() > until:
             break
         try:
             seconds = measure(config)
@@ -94,8 +95,6 @@ def search(
             continue
         if best is None or seconds < least:
             best, least = config, seconds
-    if best is None:
-        raise RuntimeError("fastseq.kernels.tune: no candidate runs")
     return best, least
 
 
@@ -184,8 +183,14 @@ def main(argv: list[str] | None = None) -> None:
         key = stage, single, dtype == torch.float32
         measure = timed(stage, _call(stage, single, dtype), key, device)
         until = start + arguments.seconds * done / len(work)
-        won[key], least = search(candidates(*key), measure, until)
-        print(f"{key}: {least * 1e6:.0f} us: {won[key]}", flush=True)
+        best, least = search(candidates(*key), measure, until)
+        if best is None:
+            # Measuring left the last one there.
+            won.pop(key, None)
+            print(f"{key}: no candidate runs: the default stays", flush=True)
+        else:
+            won[key] = best
+            print(f"{key}: {least * 1e6:.0f} us: {best}", flush=True)
         # What is known so far, should the machine's time be up before the end.
         with atomic_write(arguments.output) as temporary:
             temporary.write_text(written(TUNED))

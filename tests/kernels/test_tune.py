@@ -137,5 +137,27 @@ def test_the_fastest_that_runs_wins():
 def test_time_is_bounded_and_the_first_always_runs():
     tried = iter([{"tile": 3}, {"tile": 2}])
     assert tune.search(tried, lambda config: config["tile"], 0.0) == ({"tile": 3}, 3)
-    with pytest.raises(RuntimeError, match="no candidate runs"):
-        tune.search(iter([]), lambda config: 0.0, 0.0)
+
+
+def test_time_is_bounded_where_the_first_fails():
+    seen = []
+
+    def measure(config):
+        seen.append(config["tile"])
+        raise ValueError("does not compile")
+
+    tried = [{"tile": tile} for tile in range(3)]
+    assert tune.search(tried, measure, 0.0)[0] is None and seen == [0]
+    assert tune.search(tried, measure, time.monotonic() + 60)[0] is None and seen == [0, 0, 1, 2]
+
+
+def test_where_nothing_runs_the_default_stays_and_the_rest_is_tuned(
+    device, tmp_path, monkeypatch, capsys
+):
+    table = tmp_path / "tuned.json"
+    above = lambda stage, *rest: next(reversed(TUNED["a device"].won))[1] and "above"  # noqa: E731
+    monkeypatch.setattr(tune, "too_much", above)
+    tune.main(["--seconds", "0", "--output", str(table)])
+    assert {single for _, single, _ in tuned.read(table)["a device"].won} == {False}
+    assert tiles("dot_fwd", True, True, "a device") == tiles("dot_fwd", True, True)
+    assert capsys.readouterr().out.count("the default stays") == 2
