@@ -296,11 +296,15 @@ def _cuda_obstacle(cell, x, params) -> str | None:
     return None
 
 
-def attention_obstacle(op: str, query: Tensor) -> str | None:
+def attention_obstacle(op: str, query: Tensor, *rest: Tensor) -> str | None:
     """Why the operator cannot run an attention function, and the reference has to; else None.
 
+    Args:
+        op: the function, such as "additive_attention".
+        query, rest: its query, keys and values.
+
     Raises:
-        RuntimeError: the CPU's kernels can't, and use_backend("cpu") is in force.
+        RuntimeError: no kernel can, and use_backend("cpu") or ("cuda") is in force.
     """
     if torch.compiler.is_compiling():
         return None
@@ -308,15 +312,18 @@ def attention_obstacle(op: str, query: Tensor) -> str | None:
     if forced == "torch":
         return _FORCED_TORCH
     obstacle = _attention_obstacle(query)
-    if obstacle is None and forced == "cpu" and query.is_cpu:
+    if obstacle is None and forced != "auto":
         # Unless one insists, the operator then runs all the same, in PyTorch that spares memory.
-        obstacle = _attention.plain_because(query)
+        obstacle = _attention.plain_because(query, *rest)
     return None if obstacle is None else refuse(op, obstacle)
 
 
 def _attention_obstacle(query: Tensor) -> str | None:
-    if query.device.type not in ("cpu", "cuda", "meta"):
-        return f"no kernel for {query.device.type} tensors yet"
+    kind, forced = query.device.type, _forced.get()
+    if (kind, forced) in (("cpu", "cuda"), ("cuda", "cpu")):
+        return f"no {forced} kernel for {kind} tensors"
+    if kind not in ("cpu", "cuda", "meta"):
+        return f"no kernel for {kind} tensors yet"
     return _surroundings_obstacle(query)
 
 

@@ -10,6 +10,8 @@ import textwrap
 
 import pytest
 import torch
+from fastseq.kernels import attention as triton_kernels
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastseq
 from fastseq import _native, backends, functional, nn
@@ -200,6 +202,46 @@ def test_a_forced_backend_that_can_run_runs():
     expected = module(x)[0]
     with fastseq.use_backend("cpu"):
         assert torch.equal(module(x)[0], expected)
+
+
+# Device, backend that is forced, and why it cannot run attention there.
+NO_ATTENTION = [
+    ("cpu", "cuda", "no cuda kernel for cpu tensors"),
+    ("cuda", "cpu", "no cpu kernel for cuda tensors"),
+    ("cuda", "cuda", "a planted obstacle"),
+]
+
+
+@pytest.mark.parametrize("device,forced,said", NO_ATTENTION, ids=str)
+@pytest.mark.parametrize("op", ["additive_attention", "dot_attention"])
+def test_a_forced_backend_that_cannot_attend_raises_the_sentence(
+    op, device, forced, said, monkeypatch
+):
+    monkeypatch.setattr(triton_kernels, "why_not_available", lambda: "a planted obstacle")
+    function = getattr(functional, op)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = [torch.empty(2, n, 4, device=device) for n in (3, 5, 5)]
+        tensors += [torch.empty(4, device=device)] * (op == "additive_attention")
+        with fastseq.use_backend(forced):
+            explanation = fastseq.explain(function, *tensors)
+            with pytest.raises(RuntimeError, match=f"fastseq.{op}: .*{forced} backend") as failure:
+                function(*tensors)
+        assert explanation.backend == "torch" and said in explanation.reason
+        assert explanation.reason in str(failure.value)
+        # Unless one insists there is nothing to refuse.
+        assert function(*tensors)[0].shape == (2, 3, 4)
+
+
+def test_forced_triton_kernels_run_what_they_can(monkeypatch):
+    monkeypatch.setattr(triton_kernels, "why_not_available", lambda: None)
+    monkeypatch.setattr(triton_kernels, "_too_old", lambda device: None)
+    with FakeTensorMode(), fastseq.use_backend("cuda"):
+        query, keys, none = (torch.empty(2, n, 4, device="cuda") for n in (3, 5, 0))
+        assert backends.attention_obstacle("dot_attention", query, keys, keys) is None
+        with pytest.raises(RuntimeError, match="float64"):
+            backends.attention_obstacle("dot_attention", query.double(), keys, keys)
+        with pytest.raises(RuntimeError, match="nothing to compute"):
+            backends.attention_obstacle("dot_attention", query, none, none)
 
 
 def test_the_choice_nests_and_is_restored_after_an_error():

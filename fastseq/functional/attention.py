@@ -101,7 +101,7 @@ def additive_attention(
         query = query + bias
     v = _reference.normalized(v, g)
     where = {"lengths": lengths, "mask": mask}
-    if backends.attention_obstacle(op, query):
+    if backends.attention_obstacle(op, query, keys, values):
         return _reference.additive_attention(
             query, keys, values, v, extra=extra, scale=scale, **where
         )
@@ -139,7 +139,7 @@ def dot_attention(
     check_lengths(op, keys, lengths)
     query, keys, values = _autocast(query, keys, values)
     where = {"lengths": lengths, "mask": mask}
-    if backends.attention_obstacle(op, query):
+    if backends.attention_obstacle(op, query, keys, values):
         return _reference.dot_attention(query, keys, values, scale=scale, **where)
     return _run(_op.dot_attention, (query, keys, values), scale, **where)
 
