@@ -8,6 +8,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from . import float32_matmul_precision
 
@@ -34,7 +35,9 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # torch's float32 matmul precision -> Triton's for the products of float32 tiles.
 PRECISION = {
     "cuda": {"highest": "ieee", "high": "tf32x3", "medium": "tf32"},
-    "hip": {"highest": "ieee", "high": "bf16x3", "medium": "tf32"},
+    "hip": {"highest": "ieee", "high": "bf16x3", "medium": "bf16x3"},
+    # Of AMD's the one that has TF32: for others Triton refuses to compile it.
+    "gfx942": {"highest": "ieee", "high": "bf16x3", "medium": "tf32"},
 }
 # What compiles a kernel; "" for nothing, under the interpreter.
 BACKEND = "" if INTERPRET else "hip" if torch.version.hip else "cuda"
@@ -106,7 +109,10 @@ def upcast(dtype: torch.dtype) -> bool:
 
 def precision() -> str:
     """The user's own switch of float32 products in Triton's words."""
-    return PRECISION[BACKEND][float32_matmul_precision()] if BACKEND else "ieee"
+    if not BACKEND:
+        return "ieee"
+    chip = driver.active.get_current_target().arch if BACKEND == "hip" else BACKEND
+    return PRECISION.get(chip, PRECISION[BACKEND])[float32_matmul_precision()]
 
 
 def which_tanh() -> str:

@@ -351,6 +351,8 @@ FORMS += [("fast", 0, 0, 2.0**13 + 1)]
 @ONCE
 @pytest.mark.parametrize("form,ex2,rcp,most", FORMS)
 def test_the_error_of_tanh_is_as_documented(form, ex2, rcp, most):
+    if _lang.BACKEND == "hip" and form != "exact":
+        pytest.skip("an instruction of NVIDIA's")
     x = torch.cat([torch.linspace(-12, 12, 3 << 13), torch.linspace(-0.5, 0.5, 1 << 13)])
     x[:4] = torch.tensor(WORST)
     x = x.to(DEVICE)

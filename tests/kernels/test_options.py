@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -108,26 +109,53 @@ def lang():
 
 
 @pytest.mark.parametrize(
-    "backend,switch,precision,tanh",
+    "backend,chip,switch,precision,tanh",
     [
-        ("cuda", "highest", "ieee", "rcp"),
-        ("cuda", "high", "tf32x3", "rcp"),
-        ("cuda", "medium", "tf32", "fast"),
-        ("hip", "highest", "ieee", "exact"),
-        ("hip", "high", "bf16x3", "exact"),
-        ("hip", "medium", "tf32", "exact"),
-        ("", "medium", "ieee", "exact"),
+        ("cuda", 90, "highest", "ieee", "rcp"),
+        ("cuda", 90, "high", "tf32x3", "rcp"),
+        ("cuda", 90, "medium", "tf32", "fast"),
+        ("hip", "gfx942", "highest", "ieee", "exact"),
+        ("hip", "gfx942", "high", "bf16x3", "exact"),
+        ("hip", "gfx942", "medium", "tf32", "exact"),
+        ("hip", "gfx90a", "highest", "ieee", "exact"),
+        ("hip", "gfx90a", "medium", "bf16x3", "exact"),
+        ("hip", "gfx1100", "medium", "bf16x3", "exact"),
+        ("", "", "medium", "ieee", "exact"),
     ],
 )
-def test_the_user_s_switch_and_the_backend_choose(
-    lang, monkeypatch, backend, switch, precision, tanh
+def test_the_user_s_switch_and_the_chip_choose(
+    lang, monkeypatch, backend, chip, switch, precision, tanh
 ):
+    target = types.SimpleNamespace(backend=backend, arch=chip)
+    asked = types.SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr(lang, "driver", types.SimpleNamespace(active=asked))
     monkeypatch.setattr(lang, "BACKEND", backend)
     torch.set_float32_matmul_precision(switch)
     assert lang.precision() == precision and lang.which_tanh() == tanh
     options = lang.compiler_options({"num_warps": 4, "maxnreg": 96})
     assert ("maxnreg" in options) == (backend == "cuda")
     assert options.get("enable_fp_fusion", False) == bool(backend)
+
+
+def test_a_chip_of_amd_s_without_tf32_is_not_asked_for_it(lang, monkeypatch):
+    """Asked for it, the compiler refuses."""
+    from fastseq.kernels import aot
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setitem(aot.TARGETS, "gfx90a", GPUTarget("hip", "gfx90a", 64))
+    torch.set_float32_matmul_precision("medium")
+    tensors = [torch.zeros(1, n, 48) for n in (2, 300, 300)]
+
+    def compiled():
+        with aot.asked_for("gfx90a") as asked:
+            attention.kernel("dot_fwd")(*tensors, None, None, 1.0)
+        (variant,) = (one for one in asked if one.stage == "dot_fwd")
+        return variant.compiled()
+
+    assert compiled().asm["amdgcn"]
+    monkeypatch.setitem(lang.PRECISION, "gfx90a", lang.PRECISION["gfx942"])
+    with pytest.raises(RuntimeError, match="tf32"):
+        compiled()
 
 
 @pytest.mark.parametrize(
