@@ -132,6 +132,7 @@ def _plan(inputs: tuple) -> Callable:
     query, keys, v, extra, _ = inputs
     B, Q, K = query.shape
     S = keys.shape[1]
+    scored = (B, Q, S)
     fits = aligned(query, keys, v, extra)
     config = options("additive_bwd", query, fits)
     # A warp's columns, or half of them where there are no more.
@@ -149,6 +150,12 @@ def _plan(inputs: tuple) -> Callable:
     )
 
     def run(inputs: tuple, where: list, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # The one tensor that no plan depends on.
+        if d_scores.shape != scored:
+            raise RuntimeError(
+                f"fastseq.kernels.attention: expected weights of shape {list(scored)}, "
+                f"got {tuple(d_scores.shape)}"
+            )
         new = inputs[0].new_empty
         d_query = new((parts, B, Q, K), dtype=torch.float32)
         d_v = new((parts * B, K), dtype=torch.float32)
@@ -159,4 +166,4 @@ def _plan(inputs: tuple) -> Callable:
     return run
 
 
-_PLAN = densely(_plan)
+_PLAN = densely("query keys v extra lengths", _plan)

@@ -145,4 +145,7 @@ def additive_fwd(
     return run_planned("additive_fwd", _PLAN, inputs, scale)
 
 
-_PLAN = densely(functools.partial(plan_forward, "additive_fwd", additive_fwd_kernel))
+_PLAN = densely(
+    "query keys values v extra mask lengths",
+    functools.partial(plan_forward, "additive_fwd", additive_fwd_kernel),
+)

@@ -126,4 +126,7 @@ def dot_fwd(
     return run_planned("dot_fwd", _PLAN, (query, keys, values, mask, lengths), scale)
 
 
-_PLAN = densely(functools.partial(plan_forward, "dot_fwd", dot_fwd_kernel))
+_PLAN = densely(
+    "query keys values mask lengths",
+    functools.partial(plan_forward, "dot_fwd", dot_fwd_kernel),
+)

@@ -23,7 +23,9 @@ from .softmax import merge_kernel, scores_bwd_kernel
 from .tuned import tiles
 
 __all__ = [
+    "SHAPES",
     "aligned",
+    "check",
     "densely",
     "options",
     "plan_forward",
@@ -92,11 +94,59 @@ def split(
     return blocks(S, span), span
 
 
-def densely(plan: Callable[[tuple], Callable], whole: Sequence[int] = ()) -> Callable:
+# What kernels take for granted of their inputs, which they have as addresses; fastseq/ops/
+# attention.py says what each is. Each letter is one size.
+SHAPES = {
+    "query": "BQK",
+    "keys": "BSK",
+    "values": "BSC",
+    "v": "K",
+    "extra": "BSK",
+    "mask": "BQS",
+    "lengths": "B",
+    "d_context": "BQC",
+    "d_weights": "BQS",
+    "weights": "BQS",
+}
+
+
+def check(names: Sequence[str], inputs: Sequence[Tensor | None]) -> None:
+    """See to it that a launch on ``inputs``, called ``names`` in ``SHAPES``, stays within them.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not go together.
+    """
+    first = next(t for t in inputs if t is not None)
+    sizes: dict[str, int] = {}
+    for name, t in zip(names, inputs, strict=True):
+        if t is None:
+            continue
+        shape, extents = tuple(t.shape), SHAPES[name]
+        if name == "mask" and shape[1:2] == (1,):
+            shape = (shape[0], sizes["Q"], *shape[2:])
+        expected = [sizes.setdefault(e, n) for e, n in zip(extents, shape, strict=False)]
+        if len(extents) != len(shape) or expected != list(shape):
+            said = ", ".join(f"{e} = {sizes[e]}" if e in sizes else e for e in extents)
+            raise _refusal(name, f"of shape [{said}]", tuple(t.shape))
+        if t.device != first.device:
+            raise _refusal(name, f"on {first.device}", t.device)
+        if name == "lengths":
+            if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+                raise _refusal(name, "of integers", t.dtype)
+        elif t.dtype != (dtype := torch.bool if name == "mask" else first.dtype):
+            raise _refusal(name, f"of {dtype}", t.dtype)
+
+
+def _refusal(name: str, expected: str, got: object) -> RuntimeError:
+    return RuntimeError(f"fastseq.kernels.attention: expected {name} {expected}, got {got}")
+
+
+def densely(names: str, plan: Callable[[tuple], Callable], whole: Sequence[int] = ()) -> Callable:
     """``plan`` for inputs whose last dimension, or all (those counted in ``whole``), is dense.
 
     Others are copied first: the only stride that kernels take for granted is the last. So are
-    lengths, the last of the inputs, if they are not int64.
+    lengths, the last of the inputs, if they are not int64. Inputs, called ``names``, are checked
+    where a plan is made: what is checked is what tells plans apart.
     """
 
     def dense(inputs: tuple) -> tuple:
@@ -108,6 +158,7 @@ def densely(plan: Callable[[tuple], Callable], whole: Sequence[int] = ()) -> Cal
         return (*tensors, None if lengths is None else lengths.long().contiguous())
 
     def planned(inputs: tuple) -> Callable:
+        check(names.split(), inputs)
         ready = dense(inputs)
         run = plan(ready)
         if all(map(operator.is_, ready, inputs)):
@@ -216,7 +267,12 @@ def _plan_gradient(exact: bool, inputs: tuple) -> Callable:
 
 
 _PLAN_GRADIENT, _PLAN_EXACT_GRADIENT = (
-    densely(functools.partial(_plan_gradient, exact), whole=(0, 1, 3)) for exact in (False, True)
+    densely(
+        "d_context d_weights values weights lengths",
+        functools.partial(_plan_gradient, exact),
+        whole=(0, 1, 3),
+    )
+    for exact in (False, True)
 )
 
 

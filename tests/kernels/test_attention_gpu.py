@@ -6,6 +6,7 @@ test_attention.py runs them under TRITON_INTERPRET=1, with fewer sizes. See on_d
 
 from __future__ import annotations
 
+import itertools
 import os
 from unittest import mock
 
@@ -17,7 +18,7 @@ import triton.language as tl
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU", allow_module_level=True)
 
-from fastseq.kernels import _lang  # noqa: E402
+from fastseq.kernels import _lang, attention  # noqa: E402
 
 # First: what runs on CPU tensors is settled when the operators are registered.
 from tests.kernels.on_device import (  # noqa: E402
@@ -318,6 +319,50 @@ def test_lengths_beyond_the_source(score):
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     assert not found["out0"][3:].any() and not found["grad keys"][3:].any()
+
+
+# An argument made such as does not fit the rest.
+WRONG = {
+    "fewer": lambda t: t[..., :-1],
+    "rows": lambda t: t[:1],
+    "dimension": lambda t: t.unsqueeze(0),
+    "dtype": lambda t: t.to(torch.float64),
+    "device": lambda t: t.to("meta"),
+}
+ARGUMENTS = {
+    "fwd": "query keys values v extra mask lengths".split(),
+    "bwd": "d_context d_weights query keys values v extra lengths weights".split(),
+}
+
+
+@ONCE
+@pytest.mark.parametrize("stage", ARGUMENTS)
+@BOTH
+def test_arguments_that_do_not_go_together_are_refused(score, stage):
+    """A kernel has addresses: nothing else keeps it inside its tensors."""
+    case = drawn(score, 2, 3, 5, 8, 6, extra=True, mask="query", lengths=True)
+    kernel = attention.kernel(f"{score}_{stage}")
+    context, weights = case.functional(functional)(*case.inputs.values())
+    known = case.inputs | case.where
+    known |= {"d_context": context, "d_weights": weights, "weights": weights}
+    given = {name: known[name] for name in ARGUMENTS[stage] if name in known}
+    rest = (0.7,) if stage == "fwd" else (0.7, True, True)
+    kernel(*given.values(), *rest)
+    # A width that is nobody else's; and what torch's own products look after, these in their way.
+    free = {("values", "fewer")} if stage == "fwd" else set()
+    if (score, stage) == ("dot", "bwd"):
+        free = set(itertools.product(("query", "keys"), ("fewer", "device")))
+    for name, (kind, change) in itertools.product(given, WRONG.items()):
+        if (name, kind) in free:
+            continue
+        wrong = given | {name: change(given[name])}
+        with pytest.raises((RuntimeError, ValueError, IndexError)):
+            kernel(*wrong.values(), *rest)
+            pytest.fail(f"{name}: {kind}")
+    if stage == "fwd":
+        for mask in (given["mask"].long(), given["mask"][:, :2], given["mask"][0]):
+            with pytest.raises(RuntimeError, match="fastseq.kernels.attention: expected mask"):
+                kernel(*(given | {"mask": mask}).values(), *rest)
 
 
 @pytest.mark.parametrize("near", [0.0, 0.3999, 0.4, 8.0, 9.5, 44.0, 1e4, 3e38, float("inf")])
