@@ -12,8 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-import triton
-import triton.language as tl
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+tl = pytest.importorskip("triton.language")
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU", allow_module_level=True)
