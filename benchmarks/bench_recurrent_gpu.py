@@ -102,10 +102,13 @@ def by_kernels(case: RecurrentCase, way: str) -> Callable[..., object]:
     return call
 
 
-def torchs(case: RecurrentCase, states: int) -> tuple[Callable[..., object], list[torch.Tensor]]:
+def torchs(
+    case: RecurrentCase, states: int, mode: str
+) -> tuple[Callable[..., object], list[torch.Tensor]]:
     """torch's layer with weights of its own, in the one piece of memory that cuDNN wants, and what
-    to call it with."""
-    built = case.build(LAYERS[case.cell]).cuda()
+    to call it with. In evaluation where nothing is to be differentiated: cuDNN then keeps nothing.
+    """
+    built = case.build(LAYERS[case.cell]).cuda().train(mode == "train")
     sizes = case.keywords.get("batch_sizes")
 
     def call(x: torch.Tensor, *rest: torch.Tensor) -> object:
@@ -168,7 +171,7 @@ def measure(
 ) -> dict[str, object]:
     """Times of torch's layer and of ours, each way that serves."""
     tf32 = dtype == "tf32"
-    theirs = sample(*torchs(case, len(case.names) - 1), case, mode)
+    theirs = sample(*torchs(case, len(case.names) - 1, mode), case, mode)
     timed = {"torch": under(tf32, theirs)}
     if dtype == "f32":
         timed["torch_tf32"] = under(True, theirs)

@@ -38,16 +38,8 @@ __all__ = [
 LIBRARY = Path(__file__).with_name("libfastseq.so")
 
 
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    if os.environ.get("FASTSEQ_NATIVE") == "0":
-        return None, "FASTSEQ_NATIVE=0 is set"
-    if not LIBRARY.exists():
-        return None, "the native library was not built when fastseq was installed"
-    try:
-        torch.ops.load_library(str(LIBRARY))
-        handle = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return None, f"the native library does not load: {error}"
+def _declare(handle: ctypes.CDLL) -> None:
+    """What the library's functions take and return."""
     text, number = ctypes.c_char_p, ctypes.c_int
     for name, restype in {
         "fastseq_isa": text,
@@ -64,6 +56,22 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         getattr(handle, name).restype = restype
     wide = ctypes.c_int64
     handle.fastseq_cuda_way.argtypes = [number] * 3 + [wide] * 3 + [number] * 3
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get("FASTSEQ_NATIVE") == "0":
+        return None, "FASTSEQ_NATIVE=0 is set"
+    if not LIBRARY.exists():
+        return None, "the native library was not built when fastseq was installed"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        handle = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"the native library does not load: {error}"
+    try:
+        _declare(handle)
+    except AttributeError as error:
+        return None, f"the native library is another version's, build it again: {error}"
     return handle, None
 
 

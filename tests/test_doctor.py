@@ -50,6 +50,14 @@ def test_a_library_that_does_not_load_is_said_and_fails(monkeypatch):
     assert "it was not built" in result.stdout
 
 
+def test_a_library_of_another_version_is_done_without(monkeypatch):
+    monkeypatch.setattr(_native.ctypes, "CDLL", lambda path: object())
+    library, reason = _native._load()
+    if _native.loaded():
+        assert library is None
+        assert reason.startswith("the native library is another version's, build it again: ")
+
+
 def test_a_loaded_library_says_what_it_holds(monkeypatch):
     answers = {
         "loaded": True,

@@ -124,7 +124,8 @@ def _tokens(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None, lengths: T
     if batch_sizes is None:
         steps, rows = x.shape[:2]
         if lengths is not None:
-            lengths = send(lengths, x.device).to(torch.int64).contiguous()
+            # In bounds whatever a GPU holds: nobody has looked, and kernels go by it.
+            lengths = send(lengths, x.device).to(torch.int64).clamp(0, steps)
         return _Tokens(steps, rows, steps * rows, None, lengths)
     rows = h0.shape[1]
     # Sequence b runs at the steps whose size is above b.

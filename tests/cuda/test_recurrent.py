@@ -137,6 +137,25 @@ def test_blocks_of_several_rows(cell):
         check(case)
 
 
+@pytest.mark.parametrize("way", [STEP, WHOLE, GRID])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_lengths_that_nobody_looked_at_stay_within_the_sequence(cell, way):
+    """The host cannot check what a device holds without waiting for it."""
+    T, B, H = 4, 5, 6
+    kind = op.CELLS[cell]
+    x = torch.randn(T, B, 3)
+    weights = [torch.randn(kind.gates * H, width, requires_grad=True) for width in (3, H)]
+    found = []
+    with on_host(way):
+        for lengths in ([9, -3, 2, 1 << 40, 0], [4, 0, 2, 4, 0]):
+            settings = op.Settings(kind.number, False, 1, lengths=torch.tensor(lengths))
+            y, *states = op.run(settings, x, None, None, weights)
+            grads = torch.autograd.grad(y.square().sum() + states[-1].sum(), weights)
+            found.append([y, *states, *grads])
+    for beyond, within in zip(*found, strict=True):
+        assert torch.equal(beyond, within)
+
+
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize(
     "cell, processors, shared", [("lstm", 8, 105_000), ("rnn_tanh", 2, 103_000)]
