@@ -24,7 +24,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 import fastseq
-from benchmarks.command import RESULTS, milliseconds, write_csv
+from benchmarks.command import RESULTS, in_time, milliseconds, write_csv
 from benchmarks.gpu_table import write_part
 from benchmarks.measure import machine
 from fastseq import functional
@@ -215,8 +215,8 @@ def cases(quick: bool) -> Iterator[tuple[str, tuple, str, str]]:
             yield cell, size, form, dtype
 
 
-def rows(quick: bool, seconds: float) -> Iterator[dict[str, object]]:
-    for cell, size, form, dtype in cases(quick):
+def rows(quick: bool, seconds: float, within: float | None = None) -> Iterator[dict[str, object]]:
+    for cell, size, form, dtype in in_time(cases(quick), within):
         case = build(cell, size, form, DTYPES[dtype])
         short = build(cell, (SHORT, *size[1:]), form, DTYPES[dtype])
         about = dict(zip("TBIH", size, strict=True), cell=cell, form=form, dtype=dtype)
@@ -258,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the first size alone")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the CSV")
     parser.add_argument("--table", type=Path, help="the table to write, such as fastseq's own")
+    parser.add_argument("--within", type=float, help="seconds: no case that would end later (all)")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench_recurrent_gpu: expected a GPU, got none", file=sys.stderr)
@@ -266,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     check_writable(arguments.output)
     about = machine() | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     found = []
-    for row in rows(arguments.quick, 0.1 if arguments.quick else 0.15):
+    for row in rows(arguments.quick, 0.1 if arguments.quick else 0.15, arguments.within):
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
         found.append(row)
         # Kept, should the machine's time be up before the last row.

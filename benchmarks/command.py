@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from benchmarks.gpu_table import write_part
 from benchmarks.measure import FEWEST_ROUNDS, busy, interleaved, machine
 from fastseq._files import atomic_write, check_writable
 
-__all__ = ["RESULTS", "Row", "command", "milliseconds", "select", "step", "write_csv"]
+__all__ = ["RESULTS", "Row", "command", "in_time", "milliseconds", "select", "step", "write_csv"]
 
 # What is not timed, clearing the caches and waiting, takes longer than a short call.
 MOST_ON_A_GPU = 300
@@ -112,6 +113,22 @@ def _by_events(calls: dict[str, Callable[[], object]], seconds: float) -> dict[s
     return {name: median(times) for name, times in samples.items()}
 
 
+def in_time(rows: Iterable, within: float | None) -> Iterator:
+    """The rows, as far as time allows: none is begun that would not end ``within`` seconds if it
+    took as long as the longest before it. Says how many were left."""
+    began, longest = time.monotonic(), 0.0
+    waiting = list(rows)
+    for i, row in enumerate(waiting):
+        start = time.monotonic()
+        if within is not None and i and start - began + longest > within:
+            print(
+                f"{len(waiting) - i} of {len(waiting)} rows left: {within:g} s are up", flush=True
+            )
+            return
+        yield row
+        longest = max(longest, time.monotonic() - start)
+
+
 def command(
     name: str,
     about: str,
@@ -138,6 +155,7 @@ def command(
     parser.add_argument("--rows", default="all", help="sizes by number from 1, as 1,3 (all)")
     parser.add_argument("--quick", action="store_true", help="a tenth of a second a row, float32")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the CSV")
+    parser.add_argument("--within", type=float, help="seconds: no row that would end later (all)")
     if entry:
         parser.add_argument("--table", type=Path, help="the table to write, such as fastseq's own")
     arguments = parser.parse_args(argv)
@@ -161,7 +179,7 @@ def command(
     path = arguments.output / f"{name}_{device}{'' if everything else '_quick'}.csv"
     found: dict[tuple, dict[str, object]] = {}
     every = itertools.chain.from_iterable(rows(size, device, arguments.quick) for size in chosen)
-    for row in sorted(every, key=lambda row: row.rank):
+    for row in in_time(sorted(every, key=lambda row: row.rank), arguments.within):
         record = row.record(0.1 if arguments.quick else 0.5)
         print(record, flush=True)
         found[tuple(row.labels.items())] = record

@@ -84,6 +84,15 @@ finish() {
   exit "$1"
 }
 
+# benchmark NAME PERCENT MODULE ARGUMENT..: in its share of what is left of all, to which it keeps of
+# itself: what it has no time for is left out with a line, the rest of its rows are there.
+benchmark() {
+  local seconds
+  seconds=$(share "$2")
+  part "$1" "$seconds" python3 -m "benchmarks.$3" --output "$out" \
+    --within $((seconds > 40 ? seconds - 20 : seconds / 2)) "${@:4}"
+}
+
 part "a GPU" 60 python3 -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False")' ||
   finish 1
 install=(python3 -m pip install -q --no-deps --no-index --no-build-isolation -e .)
@@ -131,14 +140,12 @@ if right "recurrent tests" "${sanitizers[@]/#/recurrent }"; then
   recurrent=(--table "$measured")
   right tests "${sanitizers[@]}" && decoder=(--table "$measured")
 fi
-# The most wanted first, and none so long that the next has no time; each keeps its rows as it goes.
-part "recurrent" "$(share 50)" python3 -m benchmarks.bench_recurrent_gpu --output "$out" \
-  ${recurrent[@]+"${recurrent[@]}"}
-part "attention" "$(share 45)" python3 -m benchmarks.bench_attention --device cuda --output "$out"
-part "decoder" "$(share 60)" python3 -m benchmarks.bench_decoder --device cuda --output "$out" \
-  ${decoder[@]+"${decoder[@]}"}
-part "loss" "$(share 40)" python3 -m benchmarks.bench_loss --device cuda --output "$out"
-part "decoding" "$(share 60)" python3 -m benchmarks.bench_decoding --device cuda --quick --output "$out"
+# The most wanted first, and none so long that the next has no time.
+benchmark "recurrent" 50 bench_recurrent_gpu ${recurrent[@]+"${recurrent[@]}"}
+benchmark "attention" 45 bench_attention --device cuda
+benchmark "decoder" 60 bench_decoder --device cuda ${decoder[@]+"${decoder[@]}"}
+benchmark "loss" 40 bench_loss --device cuda
+benchmark "decoding" 60 bench_decoding --device cuda --quick
 part "tiles" 60 python3 -m fastseq.kernels.tune --seconds 45 --output "$tuned"
 part "demo" 60 python3 -m fastseq.cli demo --steps 300 --device cuda --out "$work/demo"
 said="the table was left as it is: a check of the kernels failed"

@@ -75,6 +75,14 @@ def test_every_part_runs_and_is_told_of(run):
     assert log.count("ran ") == len(PARTS) and log == done.stdout
 
 
+def test_benchmarks_end_of_themselves_before_they_are_ended(run):
+    said = [line for line in run()[1].splitlines() if "benchmarks.bench_" in line]
+    assert len(said) == 5
+    for line in said:
+        seconds = int(line.split("--within ")[1].split()[0])
+        assert 0 < seconds < 465 / 2 and "--output" in line
+
+
 def test_a_part_that_fails_stops_no_other(run):
     done, _, summary = run(bad="bench_attention")
     assert done.returncode == 1 and list(summary) == PARTS
