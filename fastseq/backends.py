@@ -16,6 +16,7 @@ from fastseq import _native
 from fastseq.kernels import float32_matmul_precision
 from fastseq.ops import attention as _attention
 from fastseq.ops import decoder_cuda, measured_cuda, recurrent_cuda
+from fastseq.ops import recurrent as _recurrent
 from fastseq.ops.recurrent import CELLS
 from fastseq.reference.rnn import CELLS as _REFERENCE
 
@@ -93,9 +94,14 @@ def recurrent_obstacle(cell: str, x: Tensor, params: Sequence[Tensor]) -> str | 
     return None if obstacle is None else refuse(cell, obstacle)
 
 
-def kernels_allowed() -> bool:
-    """Whether the CPU's kernels may run what they can, as far as use_backend goes."""
-    return _forced.get() in ("auto", "cpu")
+def eager_calls_allowed() -> bool:
+    """Whether a call may go straight to the CPU's kernels: they are built for such calls, nothing
+    is being compiled, and use_backend leaves it to them."""
+    return (
+        _recurrent.eager is not None
+        and not torch.compiler.is_compiling()
+        and _forced.get() in ("auto", "cpu")
+    )
 
 
 @functools.cache

@@ -38,16 +38,11 @@ class _FastCell:
             The state after the step, shaped as hx.
         """
         weights = self._weights_now()
-        if (
-            weights is not None
-            and _op.eager is not None
-            and not torch.compiler.is_compiling()
-            and backends.kernels_allowed()
-        ):
-            settings = _op.settings_of(self.cell_name, len(weights) == 4)
-            states = CELLS[self.cell_name].states
+        if weights is not None and backends.eager_calls_allowed():
+            cell = self.cell_name
+            settings = _op.settings_of(cell, len(weights) == 4)
             # A single step, all at once; None where it is anything but plain.
-            done = _op.eager.layer(settings, states, input, hx, weights, None)
+            done = _op.eager.layer(settings, CELLS[cell].states, input, hx, weights, None)
             if done is not None:
                 return done
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx

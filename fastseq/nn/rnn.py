@@ -66,7 +66,7 @@ class _FastLayer:
         Returns:
             output in the input's layout with D*P columns, and the final state shaped as hx.
         """
-        if lengths is None and resets is None and _op.eager is not None:
+        if lengths is None and resets is None and backends.eager_calls_allowed():
             done = self._run_eagerly(input, hx)
             if done is not None:
                 return done
@@ -123,13 +123,10 @@ class _FastLayer:
     def _run_eagerly(self, input, hx):
         """The commonest calls, all at once: of one layer, in eager mode, on plain tensors that fit.
         None for the others, which take a longer way to the same kernel or elsewhere."""
-        if (
-            torch.compiler.is_compiling()
-            or self.num_layers != 1
-            or not backends.kernels_allowed()
-            or self.zoneout != NO_ZONEOUT
-            or (weights := self._weights_now()) is None
-        ):
+        if self.num_layers != 1 or self.zoneout != NO_ZONEOUT:
+            return None
+        weights = self._weights_now()
+        if weights is None:
             return None
         cell = self.cell_name
         settings = _op.settings_of(cell, self.bias, 1 + self.bidirectional, self.recompute)
