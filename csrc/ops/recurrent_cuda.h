@@ -152,12 +152,15 @@ struct Call {
   template <class T_, class Whole, class Grid>
   int64_t run_sequences(const cuda::RecurrentKernels<T_>& kernels, bool backward, int64_t* done,
                         const Whole& whole, const Grid& grid) const {
-    cuda::Choice choice = choose(kernels, backward, D);
-    if (choice.way == cuda::kWhole) {
-      succeeded(whole(choice.whole));
-      *done = D;
-    }
-    while (choice.way == cuda::kGrid && *done < D) {
+    int64_t most = D;
+    while (*done < D) {
+      const cuda::Choice choice = choose(kernels, backward, most);
+      if (choice.way == cuda::kWhole && *done == 0) {
+        succeeded(whole(choice.whole));
+        *done = D;
+        return cuda::kWhole;
+      }
+      if (choice.way != cuda::kGrid) return cuda::kStep;
       const cuda::GridPlan& plan = choice.grid;
       const int64_t exchange = choice.together * 2 * B * plan.row * kernels.size.bytes;
       const int64_t counters = choice.together * plan.tiles * cuda::kArrivedStride * 4;
@@ -166,13 +169,13 @@ struct Call {
       const char* error = grid(*done, choice.together, plan,
                                cuda::GridSpace{at, reinterpret_cast<uint32_t*>(at + exchange)});
       if (error == cuda::kNotTogether) {
-        choice = choose(kernels, backward, choice.together - 1);
+        most = choice.together - 1;
       } else {
         succeeded(error);
         *done += choice.together;
       }
     }
-    return choice.way;
+    return cuda::kGrid;
   }
   void succeeded(const char* error) const { require(!error, "fastseq.", op, ": ", error); }
 };

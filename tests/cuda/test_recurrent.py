@@ -12,7 +12,7 @@ from fastseq import _native
 from fastseq.functional.rnn import as_matrix
 from fastseq.ops import measured_cuda, recurrent_cuda
 from fastseq.ops import recurrent as op
-from fastseq.ops.recurrent_cuda import GRID, STEP, WHOLE
+from fastseq.ops.recurrent_cuda import GRID, IF_IT_CAN, STEP, WHOLE
 from fastseq.testing import assert_matches, recurrent_case, run_with_grads
 from tests.cuda.on_host import COMPILER, load, on_host
 from tests.fuzz_recurrent import ours, seeded, with_zoneout, yardstick
@@ -168,17 +168,34 @@ def test_a_grid_of_little_memory_and_many_rows(cell, processors, shared, order):
         check(case)
 
 
-@pytest.mark.parametrize("way, H, taken", [(WHOLE, 300, GRID), (GRID, 3000, STEP), (GRID, 8, GRID)])
-def test_a_wish_that_cannot_be_is_no_error(way, H, taken):
-    weights = [torch.zeros(4 * H, width) for width in (4, H)]
-    settings = op.Settings(op.CELLS["lstm"].number, False, 1)
-    found = []
-    with on_host(way | recurrent_cuda.IF_IT_CAN), pytest.MonkeyPatch.context() as patch:
-        original = torch.ops.fastseq.recurrent_cuda_fwd
-        record = lambda *args: found.append(original(*args))  # noqa: E731
-        patch.setattr(torch.ops.fastseq, "recurrent_cuda_fwd", record)
-        op.run(settings, torch.randn(2, 3, 4), None, None, weights)
-    assert found == [taken]
+@pytest.mark.parametrize(
+    "way, H, blocks, taken",
+    [
+        (WHOLE | IF_IT_CAN, 300, 0, GRID),
+        (GRID | IF_IT_CAN, 1700, 0, STEP),
+        (GRID | IF_IT_CAN, 20, 0, GRID),
+        (GRID | IF_IT_CAN, 20, 1, WHOLE),
+        (GRID | IF_IT_CAN, 200, 1, STEP),
+        (recurrent_cuda.ANY_WAY, 200, 1, STEP),
+    ],
+)
+def test_a_wish_that_cannot_be_is_no_error(way, H, blocks, taken):
+    """What the op says it did it has done, also where the device refused a grid."""
+    case = recurrent_case("lstm", 3, 16, 4, H, bidirectional=True)
+    expected = {}
+    for each in (STEP, taken):
+        with on_host(each):
+            expected[each] = bits(case)
+    with on_host(way, blocks=blocks), pytest.MonkeyPatch.context() as patch:
+        found = []
+        for name in ("recurrent_cuda_fwd", "recurrent_cuda_bwd"):
+            original = getattr(torch.ops.fastseq, name)
+            record = lambda *args, op=original: found.append(op(*args)) or found[-1]  # noqa: E731
+            patch.setattr(torch.ops.fastseq, name, record)
+        run = bits(case)
+    assert found == [taken, taken]
+    same = {way: all(torch.equal(run[n], t) for n, t in expected[way].items()) for way in expected}
+    assert same[taken] and same[STEP] == (taken == STEP)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
