@@ -3,17 +3,19 @@
 python -m benchmarks.bench_recurrent_gpu [--quick] [--output FOLDER] [--table FILE]
 
 All sides in turn, by CUDA events: torch (cuDNN on weights in one piece, the algorithm its own
-choice; beside a row of float32 under TF32 too, as cuDNN is by default) and the ways of csrc/cuda,
-each where it serves. Rows of "tf32" allow it both sides, and are checked by what it may do to a
-product. ``cudnn`` is the kernel that cuDNN spent most time in, by torch's profiler: its name tells
-the algorithm. --table writes what fastseq chooses by (fastseq/ops/measured_cuda.py) as rows come:
-what is wrong as wrong, and what there was no time for not at all, both of which are torch's then.
+choice; beside a row of float32 under TF32 too, as cuDNN is by default; or, where torch has no such
+layer, the plain reference) and the ways of csrc/cuda, each where it serves. Rows of "tf32" allow it
+both sides, and are checked by what it may do to a product. ``cudnn`` is the kernel that cuDNN spent
+most time in, by torch's profiler: its name tells the algorithm. --table writes what fastseq chooses
+by (fastseq/ops/measured_cuda.py) as rows come: what is wrong as wrong, what torch's side failed at
+as unmeasured, and what there was no time for not at all.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,8 +26,15 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 import fastseq
-from benchmarks.command import RESULTS, in_time, milliseconds, write_csv
-from benchmarks.gpu_table import write_part
+from benchmarks.command import (
+    RESULTS,
+    UNMEASURED,
+    in_time,
+    milliseconds,
+    torchs_side,
+    write_csv,
+)
+from benchmarks.gpu_table import untimed, write_part
 from benchmarks.measure import machine
 from fastseq import functional
 from fastseq._files import check_writable
@@ -60,6 +69,9 @@ FORMS = {
     "both stacked": dict(num_layers=2, bidirectional=True),
     "projected": dict(proj_size="half"),
 }
+# What torch's layers do not take, by what the table calls it; and the cells it has no layer for.
+BEYOND = {"lengths": dict(lengths="half"), "resets": dict(resets=0.1), "zoneout": {}}
+OWN = ("peephole_lstm", "layer_norm_lstm")
 # "tf32" allows both sides' products TF32; `whole` and `grid` don't use it.
 DTYPES = {"f32": torch.float32, "tf32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Steps of what is checked: the reference takes a dozen launches a step.
@@ -71,7 +83,7 @@ COLUMNS = (
 
 
 def build(cell: str, size: tuple, form: str, dtype: torch.dtype) -> RecurrentCase:
-    options = dict(FORMS[form])
+    options = dict((FORMS | BEYOND)[form])
     if options.get("lengths") == "half":
         options["lengths"] = [1 + size[0] * b // size[1] for b in range(size[1])]
     if options.get("proj_size") == "half":
@@ -79,27 +91,44 @@ def build(cell: str, size: tuple, form: str, dtype: torch.dtype) -> RecurrentCas
     case = recurrent_case(cell, *size, dtype=dtype, **options)
     case = case.packed() if "packed" in form else case
     cotangents = [c.cuda() for c in case.cotangents]
-    return replace(case.map(lambda t: t.cuda()), cotangents=cotangents)
+    keywords = {n: t if n == "batch_sizes" else t.cuda() for n, t in case.keywords.items()}
+    return replace(case.map(lambda t: t.cuda()), cotangents=cotangents, keywords=keywords)
 
 
 LAYERS = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN}
 
 
-def by_kernels(case: RecurrentCase, way: str) -> Callable[..., object]:
-    """The case by the kernels of csrc/cuda, one way."""
+def has_torch(cell: str, form: str) -> bool:
+    return cell in LAYERS and form not in BEYOND
+
+
+def by(case: RecurrentCase, form: str, backend: str, way: int) -> Callable[..., object]:
+    """The case by the kernels of csrc/cuda, one way, or by "torch" step by step."""
     named = getattr(functional, case.cell)
+    # Without draws, which would have to be the same on both sides.
+    more = {"zoneout": 0.1, "train": False} if form == "zoneout" else {}
     # The function's name says what of torch's RNN is an option.
-    fn = case.functional(lambda *given, nonlinearity="", **options: named(*given, **options))
+    fn = case.functional(
+        lambda *given, nonlinearity="", **options: named(*given, **options), **more
+    )
 
     def call(*inputs: object) -> object:
-        recurrent_cuda.way = WAYS[way]
+        recurrent_cuda.way = way
         try:
-            with fastseq.use_backend("cuda"):
+            with fastseq.use_backend(backend):
                 return fn(*inputs)
         finally:
             recurrent_cuda.way = recurrent_cuda.ANY_WAY
 
     return call
+
+
+def by_kernels(case: RecurrentCase, form: str, way: str) -> Callable[..., object]:
+    return by(case, form, "cuda", WAYS[way])
+
+
+def plainly(case: RecurrentCase, form: str) -> Callable[..., object]:
+    return by(case, form, "torch", recurrent_cuda.ANY_WAY)
 
 
 def torchs(
@@ -149,50 +178,80 @@ def under(tf32: bool, run: Callable[[], object]) -> Callable[[], object]:
     return switched
 
 
-def wrong(short: RecurrentCase, way: str, tf32: bool) -> str | None:
+def wrong(short: RecurrentCase, form: str, way: str, tf32: bool) -> str | None:
     """What is wrong with what one way gives; "" where it does not serve such a size."""
-    reference = short.reference()
-    baseline = reference if tf32 else short.module(LAYERS[short.cell])
+    known = has_torch(short.cell, form)
+    reference = short.reference() if known else plainly(short, form)
+    baseline = short.module(LAYERS[short.cell]) if known and not tf32 else reference
     try:
         with allow_tf32(tf32):
             assert_matches(
-                by_kernels(short, way), reference, baseline, short.inputs, short.cotangents,
+                by_kernels(short, form, way), reference, baseline, short.inputs, short.cotangents,
                 baseline_under=TF32Products if tf32 else contextlib.nullcontext,
             )  # fmt: skip
     except AssertionError as error:
         return str(error)
+    except UNMEASURED:
+        raise
     except RuntimeError as error:
         return "" if "expected weights of" in str(error) else f"{error}".splitlines()[0]
     return None
 
 
+def theirs(case: RecurrentCase, form: str, mode: str) -> Callable[[], object]:
+    """What one sample of torch's side runs."""
+    if has_torch(case.cell, form):
+        return sample(*torchs(case, len(case.names) - 1, mode), case, mode)
+    return sample(plainly(case, form), leaves_of(case), case, mode)
+
+
+def leaves_of(case: RecurrentCase) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in case.inputs.values()]
+
+
 def measure(
-    case: RecurrentCase, ways: list[str], mode: str, seconds: float, dtype: str
+    case: RecurrentCase, form: str, ways: list[str], mode: str, seconds: float, dtype: str
 ) -> dict[str, object]:
-    """Times of torch's layer and of ours, each way that serves."""
-    tf32 = dtype == "tf32"
-    theirs = sample(*torchs(case, len(case.names) - 1, mode), case, mode)
-    timed = {"torch": under(tf32, theirs)}
-    if dtype == "f32":
-        timed["torch_tf32"] = under(True, theirs)
+    """Times of torch's side and of ours, each way that serves."""
+    tf32, known = dtype == "tf32", has_torch(case.cell, form)
+    timed = {"torch": under(tf32, theirs(case, form, mode))}
+    if dtype == "f32" and known:
+        timed["torch_tf32"] = under(True, theirs(case, form, mode))
+    with torchs_side():
+        for run in timed.values():
+            run()
     for way in ways:
-        leaves = [t.detach().clone() for t in case.inputs.values()]
-        timed[way] = under(tf32, sample(by_kernels(case, way), leaves, case, mode))
+        run = sample(by_kernels(case, form, way), leaves_of(case), case, mode)
+        timed[way] = under(tf32, run)
     times = milliseconds(timed, "cuda", seconds)
     row = {f"{name}_ms": f"{ms:.4f}" for name, ms in times.items()}
     ours = min(ms for name, ms in times.items() if name in ways)
     ratio = f"{times['torch'] / ours:.2f}"
-    return row | {"status": "ok", "ratio": ratio, "cudnn": busiest(timed["torch"])}
+    cudnn = busiest(timed["torch"]) if known else ""
+    return row | {"status": "ok", "ratio": ratio, "cudnn": cudnn}
 
 
 def busiest(run: Callable[[], object]) -> str:
-    """The kernel that takes most of the device's time; empty where the profiler sees none."""
+    """cuDNN's kernel that takes most of the device's time, or "unknown" and the one that does;
+    empty where the profiler sees none."""
     kinds = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as profiler:
         run()
         torch.cuda.synchronize()
-    found = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
-    return max(found, key=lambda e: e.self_device_time_total).key if found else ""
+    took = {e.key: e.self_device_time_total for e in profiler.key_averages()}
+    return named_by_cudnn({name: time for name, time in took.items() if time > 0})
+
+
+# In the names of cuDNN's recurrent kernels (RNN_blockPersist_fp_LSTM, LSTM_elementWise_fp, ..); the
+# products of its standard algorithm are cuBLAS's, which anybody may have launched.
+_CUDNNS = re.compile("cudnn|rnn|lstm|gru", re.IGNORECASE)
+
+
+def named_by_cudnn(took: dict[str, float]) -> str:
+    own = {name: time for name, time in took.items() if _CUDNNS.search(name)}
+    if own:
+        return max(own, key=own.get)
+    return f"unknown: {max(took, key=took.get)}" if took else ""
 
 
 def cases(quick: bool) -> Iterator[tuple[str, tuple, str, str]]:
@@ -209,9 +268,17 @@ def cases(quick: bool) -> Iterator[tuple[str, tuple, str, str]]:
             for dtype in ("f32", "bf16")
             if form != "plain"
         ]
+        chosen += [(size, form, "f32") for size in (SIZES[3], SIZES[0]) for form in BEYOND]
         chosen += [(size, "plain", "tf32") for size in (SIZES[3], SIZES[5])]
-    for (size, form, dtype), cell in product(chosen, LAYERS):
-        if (form == "plain" or cell in ("lstm", "gru")) and (form != "projected" or cell == "lstm"):
+    for (size, form, dtype), cell in product(chosen, (*LAYERS, *OWN)):
+        if cell in OWN:
+            serves = not quick and form == "plain" and size in (SIZES[3], SIZES[0])
+            serves = serves and dtype == "f32"
+        elif form == "projected":
+            serves = cell == "lstm"
+        else:
+            serves = form == "plain" or cell in ("lstm", "gru")
+        if serves:
             yield cell, size, form, dtype
 
 
@@ -220,14 +287,22 @@ def rows(quick: bool, seconds: float, within: float | None = None) -> Iterator[d
         case = build(cell, size, form, DTYPES[dtype])
         short = build(cell, (SHORT, *size[1:]), form, DTYPES[dtype])
         about = dict(zip("TBIH", size, strict=True), cell=cell, form=form, dtype=dtype)
-        errors = {way: wrong(short, way, dtype == "tf32") for way in WAYS}
-        said = "; ".join(f"{way} is wrong: {error}" for way, error in errors.items() if error)
-        serve = [way for way, error in errors.items() if error is None]
+        said, serve = "", []
+        try:
+            with torchs_side():
+                under(dtype == "tf32", theirs(short, form, "train"))()
+            errors = {way: wrong(short, form, way, dtype == "tf32") for way in WAYS}
+            said = "; ".join(f"{way} is wrong: {error}" for way, error in errors.items() if error)
+            serve = [way for way, error in errors.items() if error is None]
+        except UNMEASURED as error:
+            said = f"unmeasured: {error}".splitlines()[0]
         for mode in ("train", "inf"):
             found = {"status": said}
             if not said:
                 try:
-                    found = measure(case, serve, mode, seconds, dtype)
+                    found = measure(case, form, serve, mode, seconds, dtype)
+                except UNMEASURED as error:
+                    found = {"status": f"unmeasured: {error}".splitlines()[0]}
                 except RuntimeError as error:
                     found = {"status": f"failed: {str(error).splitlines()[0]}"}
             yield about | {"mode": mode} | found
@@ -235,19 +310,20 @@ def rows(quick: bool, seconds: float, within: float | None = None) -> Iterator[d
 
 def entry(row: dict[str, object]) -> dict[str, object]:
     """A row as fastseq/ops/measured_cuda.py reads it."""
-    form, own = FORMS[row["form"]], row["dtype"]
+    form, own = FORMS.get(row["form"], {}), row["dtype"]
     kind = measured_cuda.Kind(
         row["cell"], own, form.get("num_layers", 1), 1 + form.get("bidirectional", False),
         "lengths" in form, "proj_size" in form, row["mode"],
+        row["form"] if row["form"] in BEYOND else "",
     )  # fmt: skip
     about = kind._asdict() | {letter: row[letter] for letter in measured_cuda.Size._fields}
     if row["status"] != "ok":
-        return about | {"wrong": row["status"]}
-    theirs = {own: float(row["torch_ms"])}
+        return about | untimed(row["status"])
+    by_torch = {own: float(row["torch_ms"])}
     if "torch_tf32_ms" in row:
-        theirs["tf32"] = float(row["torch_tf32_ms"])
+        by_torch["tf32"] = float(row["torch_tf32_ms"])
     ours = {way: float(row[f"{way}_ms"]) for way in WAYS if f"{way}_ms" in row}
-    return about | {"torch": theirs} | ours
+    return about | {"torch": by_torch} | ours
 
 
 def main(argv: list[str] | None = None) -> int:

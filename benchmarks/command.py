@@ -6,6 +6,7 @@ Each is a list of sizes a device, and a function from a size to its rows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import time
@@ -21,11 +22,43 @@ from benchmarks.gpu_table import write_part
 from benchmarks.measure import FEWEST_ROUNDS, busy, interleaved, machine
 from fastseq._files import atomic_write, check_writable
 
-__all__ = ["RESULTS", "Row", "command", "in_time", "milliseconds", "select", "step", "write_csv"]
+__all__ = [
+    "RESULTS",
+    "UNMEASURED",
+    "Row",
+    "command",
+    "in_time",
+    "milliseconds",
+    "select",
+    "step",
+    "torchs_side",
+    "write_csv",
+]
 
 # What is not timed, clearing the caches and waiting, takes longer than a short call.
 MOST_ON_A_GPU = 300
 RESULTS = Path(__file__).parent / "results"
+
+
+class Unmeasured(RuntimeError):
+    """What a row compares with does not run."""
+
+
+# Says nothing of ours.
+UNMEASURED = (Unmeasured, torch.OutOfMemoryError)
+
+
+@contextlib.contextmanager
+def torchs_side() -> Iterator[None]:
+    """Inside runs what is no part of ours.
+
+    Raises:
+        Unmeasured: it failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise Unmeasured(f"torch's side: {error}".splitlines()[0]) from error
 
 
 @dataclass
@@ -45,6 +78,8 @@ class Row:
             return self.labels | {"status": "ok"} | self.measure(seconds)
         except AssertionError as error:
             return self.labels | {"status": f"wrong: {error}"}
+        except UNMEASURED as error:
+            return self.labels | {"status": f"unmeasured: {error}".splitlines()[0]}
         # A row that cannot run, for want of memory or a compiler, must not take others with it.
         except Exception as error:
             traceback.print_exc()

@@ -8,7 +8,14 @@ from pathlib import Path
 from fastseq._files import atomic_write
 from fastseq.ops import measured_cuda
 
-__all__ = ["write_part"]
+__all__ = ["untimed", "write_part"]
+
+
+def untimed(status: object) -> dict[str, str]:
+    """What stands in a row in place of times: what was wrong with our side, or why neither was
+    measured."""
+    name, _, reason = str(status).partition(": ")
+    return {"unmeasured": reason} if name == "unmeasured" else {"wrong": str(status)}
 
 
 def write_part(path: Path, device: str, part: str, rows: list[dict[str, object]]) -> None:

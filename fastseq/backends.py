@@ -114,10 +114,10 @@ def bfloat16_units() -> tuple[str, ...]:
 def torch_is_faster(
     cell: str, x: Tensor, one_step: bool = False, params: Sequence[Tensor] = (), options=None
 ) -> str | None:
-    """Why a call both could run is left to torch; None where the kernel is to run it.
+    """Why a call both could run is left to torch's code; None where the kernel is to run it.
 
     Args:
-        cell: of a call without lengths, resets or zoneout.
+        cell: of the call.
         x: the input.
         one_step: whether the call is a single step of a cell, x [B, I].
         params, options: its weights and what else it takes (functional's Options), if known.
@@ -128,10 +128,8 @@ def torch_is_faster(
         # (A cell is one kernel of torch's own behind two products, as it would be here.)
         if one_step:
             return "torch's cell takes as many launches"
-        if options is None or _REFERENCE[cell].extras:
-            return None
-        return _cudnn_is_faster(_GpuCall.of(cell, x, params, options))
-    if cell == "lstm" and not one_step and x.numel():
+        return None if options is None else _GpuCall.of(cell, x, params, options).torchs_reason()
+    if cell == "lstm" and not one_step and x.numel() and not _beyond(options):
         lowered = x.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if lowered else x.dtype
         # oneDNN multiplies bfloat16 as it stands then; else it takes three times what the kernels
@@ -139,6 +137,43 @@ def torch_is_faster(
         if dtype is torch.bfloat16 and (units := bfloat16_units()):
             return f"torch's LSTM is faster in bfloat16 on a CPU with {units[0]}"
     return None
+
+
+def _beyond(options) -> str:
+    """What a call has that torch's layers do not take."""
+    if options is None:
+        return ""
+    has = options.lengths is not None, options.resets is not None, any(options.zoneout)
+    return recurrent_cuda.beyond(*has)
+
+
+def gpu_dtype(t: Tensor) -> torch.dtype:
+    """What a GPU's kernels compute a layer in that is given such a tensor, and give: under autocast
+    its dtype, as torch has cuDNN do."""
+    lowered = t.is_cuda and t.dtype is not torch.float64 and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if lowered else t.dtype
+
+
+def belongs_in_graphs(
+    index: int, dtype: torch.dtype, H: int, *, cell: str, layers: int, directions: int,
+    projected: bool, train: bool,
+) -> bool:  # fmt: skip
+    """Whether torch.compile does well to take a layer on a GPU into its graph, whatever input it
+    will have. It leaves torch's own out and calls them between graphs; taken in, they unroll. So
+    does what no kernel runs, and what one was not always as fast at as cuDNN."""
+    torchs, ours = measured_cuda.dtypes(dtype)
+    if _device_obstacle(index) or measured_cuda.unproved(index, cell, ours):
+        return False
+    name, mode = measured_cuda.device_name(index), "train" if train else "inf"
+    return all(
+        measured_cuda.never_slower(
+            name,
+            measured_cuda.Kind(cell, ours, layers, directions, packed, projected, mode),
+            torchs,
+            H,
+        )
+        for packed in ((False,) if projected else (False, True))
+    )
 
 
 class _GpuCall(NamedTuple):
@@ -161,24 +196,24 @@ class _GpuCall(NamedTuple):
         projected = len(params) // (layers * directions) > own
         needed = torch._C._any_requires_grad(x, *params)
         mode = "train" if torch.is_grad_enabled() and needed else "inf"
-        torchs, ours = measured_cuda.dtypes(x.dtype)
+        torchs, ours = measured_cuda.dtypes(gpu_dtype(x))
         kind = measured_cuda.Kind(
-            cell, ours, layers, directions, sizes is not None, projected, mode
+            cell, ours, layers, directions, sizes is not None, projected, mode, _beyond(options)
         )
         size = measured_cuda.Size(T, B, x.shape[-1], params[0].shape[0] // CELLS[cell].gates)
         return cls(kind, size, torchs, x.device)
 
-
-def _cudnn_is_faster(call: _GpuCall) -> str | None:
-    device = measured_cuda.device_name(call.device.index)
-    return measured_cuda.torchs_reason(device, call.kind, call.torchs_dtype, call.size)
+    def torchs_reason(self) -> str | None:
+        """Why it is left to torch's code; None where the kernels run it."""
+        name = measured_cuda.device_name(self.device.index)
+        return measured_cuda.torchs_reason(name, self.kind, self.torchs_dtype, self.size)
 
 
 _WAYS = {
     "step": "a product and a launch a step",
     "whole": "one launch a layer, the weights in a block's shared memory",
     "grid": "one launch a layer, the weights in blocks that meet at each step, "
-    "or `step` should the device refuse to run all of them at once",
+    "or `{otherwise}` should the device refuse to run all of them at once",
 }
 
 
@@ -187,12 +222,13 @@ def _cuda_ways(call: _GpuCall, dtype: torch.dtype, zoneout: bool) -> str:
     cell = call.kind.cell
     kind = CELLS[f"zoneout_{cell}" if zoneout else cell]
     among = call.kind.projected and recurrent_cuda.projects_among_steps(kind)
-    forward, backward = recurrent_cuda.ways(
-        kind, dtype, call.size, call.kind.directions, call.device,
-        call.kind._replace(layers=1), among,
-    )  # fmt: skip
-    said = f"`{forward}`, {_WAYS[forward]}"
-    return said if forward == backward else f"{said}; backward `{backward}`, {_WAYS[backward]}"
+    given = kind, dtype, call.size, call.kind.directions, call.device
+    passes = recurrent_cuda.ways(*given, call.kind._replace(layers=1), among)
+    forward, backward = (
+        f"`{way}`, {_WAYS[way].format(otherwise=otherwise)}"
+        for way, otherwise in zip(passes, recurrent_cuda.without_a_grid(*given), strict=True)
+    )
+    return forward if forward == backward else f"{forward}; backward {backward}"
 
 
 def refuse(cell: str, obstacle: str) -> str:
@@ -238,15 +274,21 @@ def _recurrent_obstacle(cell, x, params, compiling) -> str | None:
             return obstacle
     if x.dtype not in _KERNEL_DTYPES:
         return f"no kernel for {x.dtype}"
-    if first.dtype is not x.dtype and not torch.is_autocast_enabled("cpu"):
+    if first.dtype is not x.dtype and not _may_differ(first, x):
         return "input and weights differ in dtype"
     return None if compiling else _surroundings_obstacle(x)
+
+
+def _may_differ(first: Tensor, x: Tensor) -> bool:
+    """Whether autocast makes one dtype of theirs."""
+    exact = x.is_cuda and torch.float64 in (first.dtype, x.dtype)
+    return torch.is_autocast_enabled(x.device.type) and not exact
 
 
 def _unproved(cell: str, x: Tensor, part: str = "recurrent") -> str | None:
     """No kernel is anybody's default before it has kept its budgets on the device that it is to run
     on: csrc/cuda/README.md."""
-    said = measured_cuda.unproved(x.device.index, cell, measured_cuda.dtypes(x.dtype)[1], part)
+    said = measured_cuda.unproved(x.device.index, cell, measured_cuda.dtypes(gpu_dtype(x))[1], part)
     return None if said is None else f"the CUDA kernel is {said}; use_backend('cuda') runs it"
 
 
@@ -269,9 +311,13 @@ def _slower_decoder(values: Tensor, kind: measured_cuda.DecoderKind) -> str | No
     obstacle = _unproved(kind.cell, values, "decoder")
     if obstacle is not None:
         return obstacle
-    _, dtype = measured_cuda.dtypes(values.dtype)
+    _, dtype = measured_cuda.dtypes(gpu_dtype(values))
     kind = kind._replace(dtype=dtype, mode="train" if torch.is_grad_enabled() else "inf")
-    return measured_cuda.decoders_reason(measured_cuda.device_name(values.device.index), kind)
+    name, plain = measured_cuda.device_name(values.device.index), _attention.plain_because(values)
+    reason = measured_cuda.decoders_reason(name, kind)
+    if reason is None and plain is not None:
+        return f"the kernels' loop was measured with Triton's attention alone: {plain}"
+    return reason
 
 
 def _surroundings_obstacle(x: Tensor) -> str | None:
@@ -287,13 +333,22 @@ def _surroundings_obstacle(x: Tensor) -> str | None:
     return None
 
 
-def _cuda_obstacle(cell, x, params) -> str | None:
+def _device_obstacle(index: int) -> str | None:
     if _native.cuda_obstacle() is not None:
         return f"no CUDA kernel: {_native.cuda_obstacle()}"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if torch.cuda.get_device_capability(index) < (8, 0):
         return "the CUDA kernels need compute capability 8.0"
-    if torch.is_autocast_enabled("cuda"):
-        return "autocast on a GPU is torch's"
+    lowered = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    if lowered and lowered is not torch.float16:
+        # torch casts cuDNN's layers to float16 whatever the dtype is that was asked for.
+        return f"autocast to {lowered} on a GPU is torch's"
+    return None
+
+
+def _cuda_obstacle(cell, x, params) -> str | None:
+    obstacle = _device_obstacle(x.device.index)
+    if obstacle is not None:
+        return obstacle
     H = params[0].shape[0] // 4
     if cell == "layer_norm_lstm" and (
         recurrent_cuda.row_bytes(H, x.dtype) > recurrent_cuda.limits(x.device)[1]
@@ -365,11 +420,11 @@ def recurrent_explanation(
     plain: bool = True,
     options=None,
 ) -> Explanation:
-    """What :func:`recurrent_obstacle` and, of a call torch could run (``plain``: without lengths,
-    resets or zoneout), :func:`torch_is_faster` find, in words; ``options`` where they are known."""
+    """What :func:`recurrent_obstacle` and :func:`torch_is_faster` find, in words; ``options`` where
+    they are known, else whether the call is ``plain``: without lengths, resets or zoneout."""
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
     obstacle = obstacle or _recurrent_obstacle(cell, x, params, False)
-    if plain:
+    if plain or options is not None:
         obstacle = obstacle or torch_is_faster(cell, x, one_step, params, options)
     if obstacle is not None:
         return Explanation(cell, "torch", obstacle)
@@ -377,7 +432,7 @@ def recurrent_explanation(
         said = "the CUDA kernels" + (" (use_backend('cuda'))" if _forced.get() == "cuda" else "")
         if options is not None:
             call = _GpuCall.of(cell, x, params, options)
-            said += f": {_cuda_ways(call, x.dtype, any(options.zoneout))}"
+            said += f": {_cuda_ways(call, gpu_dtype(x), any(options.zoneout))}"
         elif plain and _forced.get() != "cuda" and not _REFERENCE[cell].extras:
             said += " for calls of a kind and size at which they were measured faster than torch's"
         return Explanation(cell, "cuda", said)

@@ -82,6 +82,8 @@ def _explain_module(module, input=None, hx=None, lengths=None, resets=None) -> E
             bidirectional=module.bidirectional,
             batch_first=module.batch_first and x is input,
             batch_sizes=input.batch_sizes if packed else None,
+            lengths=lengths,
+            resets=resets,
             zoneout=zoneout,
         )
     return backends.recurrent_explanation(

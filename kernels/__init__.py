@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
+import sys
 
 import torch
 
@@ -33,4 +36,21 @@ def why_not_available() -> str | None:
         return "triton is not installed"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
+    return _why_not_launched()
+
+
+def _why_not_launched() -> str | None:
+    """Triton compiles kernels by itself, but what launches them by a C compiler, with Python's
+    headers: once and for all, or up to some version once for each kind of launch."""
+    from triton.runtime import driver
+
+    try:
+        launcher = type(driver.active.utils).__module__
+    # Whatever fails while another's compiler runs.
+    except Exception as error:
+        said = " ".join(str(error).split())[:160]
+        return f"Triton cannot build what launches its kernels: {type(error).__name__}: {said}"
+    each = hasattr(sys.modules.get(launcher), "make_launcher")
+    if each and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler to build what launches its kernels"
     return None

@@ -226,14 +226,13 @@ _TORCH = {name: getattr(torch, name) for name in ("lstm", "gru", "rnn_tanh", "rn
 def call(cell, input, hx, params, options):
     """:func:`lstm` and the others: checked, then by the kernel, torch or the reference."""
     options = check(cell, input, hx, params, options)
-    obstacle = backends.recurrent_obstacle(cell, input, params)
-    plain = options.lengths is None and options.resets is None and options.zoneout == NO_ZONEOUT
-    plain = plain and cell in _TORCH
-    if obstacle is None and not (
-        plain and backends.torch_is_faster(cell, input, False, params, options)
-    ):
+    left = backends.recurrent_obstacle(cell, input, params) or backends.torch_is_faster(
+        cell, input, False, params, options
+    )
+    if left is None:
         return stack(cell, input, hx, params, options)
-    if plain and not backends.transform_obstacle():
+    plain = options.lengths is None and options.resets is None and options.zoneout == NO_ZONEOUT
+    if plain and cell in _TORCH and not backends.transform_obstacle():
         return _by_torch(cell, input, hx, params, options)
     return stack(cell, input, hx, params, options, kernel=False)
 
@@ -279,8 +278,16 @@ def stack(cell, input, hx, params, options, *, kernel=True):
     else:
         states = (hx,) if isinstance(hx, Tensor) else hx
     rounded = None
-    # (A GPU's kernels widen halves themselves.)
-    if kernel and not x.is_cuda:
+    if kernel and x.is_cuda:
+        # (Its kernels widen halves themselves.)
+        if torch.is_autocast_enabled("cuda"):
+            lower = backends.gpu_dtype(x)
+            x, states, params = (
+                x.to(lower),
+                [s.to(lower) for s in states],
+                [p.to(lower) for p in params],
+            )
+    elif kernel:
         if torch.is_autocast_enabled("cpu"):
             rounded = backends.autocast_dtype(cell, x, batch_sizes)
         elif x.dtype not in (torch.float32, torch.float64):

@@ -70,6 +70,8 @@ class _FastLayer:
             done = self._run_eagerly(input, hx)
             if done is not None:
                 return done
+        if torch.compiler.is_compiling() and not self._belongs_in_graphs():
+            return _compiling.between_graphs(self, input, hx, lengths, resets)
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         more = lengths is not None or resets is not None or self.zoneout != NO_ZONEOUT
@@ -101,9 +103,8 @@ class _FastLayer:
             self.zoneout,
         )
         if serves and not more:
-            obstacle = backends.recurrent_obstacle(cell, x, weights)
-            left = obstacle or (
-                self._is_torchs and backends.torch_is_faster(cell, x, False, weights, options)
+            left = backends.recurrent_obstacle(cell, x, weights) or backends.torch_is_faster(
+                cell, x, False, weights, options
             )
             if left and self._is_torchs and not backends.transform_obstacle():
                 return super().forward(input, hx)
@@ -154,6 +155,22 @@ class _FastLayer:
 
     def _weight_names(self) -> list[str]:
         return self._flat_weights_names
+
+    def _belongs_in_graphs(self) -> bool:
+        """Whether the compiler, which is tracing, is to take this call into its graph."""
+        weights = self._weights_now()
+        if not weights or not weights[0].is_cuda or not self._is_torchs:
+            return True
+        return _compiling.in_graph(
+            weights[0].device.index,
+            backends.gpu_dtype(weights[0]),
+            self.hidden_size,
+            cell=self.cell_name,
+            layers=self.num_layers,
+            directions=2 if self.bidirectional else 1,
+            projected=self.proj_size > 0,
+            train=torch.is_grad_enabled() and weights[0].requires_grad,
+        )
 
     def _serves(self, x, hx, batch_sizes, batch_first) -> bool:
         """Whether shapes and dtypes are as they should be; if not, torch has the words for it."""
@@ -213,9 +230,10 @@ class LSTM(_FastLayer, torch.nn.LSTM):
     ``torch.set_float32_matmul_precision`` and ``torch.backends.mkldnn.rnn.fp32_precision``: these
     permit bfloat16 products where a machine has instructions for them, and no kernel here uses any.
     On a GPU products over all tokens, and those of kernels that go step by step, are torch's and
-    follow ``torch.backends.cuda.matmul.fp32_precision``; cuDNN follows its own switch. In bfloat16,
-    in float16 and under autocast the kernels multiply, sum and carry states in float32; inputs are
-    taken and results given in the dtype torch's layer has.
+    follow ``torch.backends.cuda.matmul.fp32_precision``; cuDNN follows its own switch. In bfloat16
+    and float16 the kernels carry states in float32 and sum in it, and inputs are taken and results
+    given in the tensors' dtype. So it is under autocast, in the dtype torch's layer has; on a GPU
+    kernels run under autocast to float16, while to bfloat16 it is torch's.
 
     Args:
         zoneout: beyond torch's arguments: probability that an element of the states keeps its

@@ -7,10 +7,11 @@ out.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,11 +31,27 @@ def capture(function: Callable, inputs: Sequence) -> tuple[Callable[[], None], l
     stream = _capture_stream(torch.cuda.current_device())
     # The outer stream is there to come back to: a capture that fails leaves its own in place.
     with (
+        _workspaces_of_its_own(),
         torch.cuda.stream(torch.cuda.current_stream()),
         torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
     ):
         outputs = function(*inputs)
     return graph.replay, outputs
+
+
+@contextlib.contextmanager
+def _workspaces_of_its_own() -> Iterator[None]:
+    """cuBLAS's scratch memory is the stream's, allocated at its first product there. All captures
+    here are on one stream: left there, it would be that of the graphs captured before too, and two
+    of them replayed at once would write into it. What is allocated inside is the graph's alone.
+
+    (torch does so around the graphs that its compiler captures.)
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @functools.cache

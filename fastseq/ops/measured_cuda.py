@@ -4,11 +4,14 @@ The table, measured_cuda.json, is data: device, by torch.cuda.get_device_name(),
 ``benchmarks.bench_recurrent_gpu`` ("recurrent") and ``benchmarks.bench_decoder`` ("decoder"), which
 write it. A row holds the fields of a kind, sizes, ``torch``: milliseconds of torch's side by the
 dtype of its products, and those of each way of csrc/cuda that serves ("step", ..) or of the decoder
-("ours"); or, in place of all times, what was ``wrong``. A device comes into the table only once the
-kernels have kept their error budgets on it.
+("ours"); or, in place of all times, what was ``wrong`` with ours, or why it is ``unmeasured``. A
+device comes into the table only once the kernels have kept their error budgets on it.
 
 Nothing is taken to be faster than torch that was not measured: a kind that a device's rows do not
-have, or none of a size like the call's, is torch's; so is whatever was wrong.
+have, or none of a size like the call's, is torch's; so is whatever was wrong. What torch has no
+layer for (:func:`is_torchs`) is compared with the plain reference in the same way, and where it was
+not measured goes by `step`: the products that the reference would make, and one launch a step where
+that has several.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ __all__ = [
     "decoders_reason",
     "dtypes",
     "fastest_way",
+    "is_torchs",
+    "never_slower",
     "torchs_reason",
     "unproved",
 ]
@@ -53,6 +58,7 @@ class Kind(NamedTuple):
     packed: bool
     projected: bool
     mode: str  # "train" or "inf"
+    beyond: str = ""  # of "lengths resets zoneout", what it has
 
 
 class Size(NamedTuple):
@@ -72,6 +78,11 @@ class DecoderKind(NamedTuple):
     tokens: str = "given"  # or "chosen", some of them, by the step before
     dtype: str = "f32"
     mode: str = "train"
+
+
+def is_torchs(kind: Kind) -> bool:
+    """Whether torch has a layer for it; else its code for it is the plain reference."""
+    return kind.cell in ("lstm", "gru", "rnn_tanh", "rnn_relu") and not kind.beyond
 
 
 def dtypes(dtype: torch.dtype) -> tuple[str, str]:
@@ -133,10 +144,13 @@ unproved._dynamo_marked_constant = True
 
 def cudnn_algorithm(kind: Kind, size: Size) -> tuple[str, ...]:
     """What torch has cuDNN do, forward and in training backward: "small", "persistent" or
-    "standard". Calls of different algorithms say nothing about each other's times.
+    "standard"; nothing where torch has no layer. Calls of different algorithms say nothing about
+    each other's times.
 
     Source: get_algo in aten/src/ATen/native/cudnn/RNN.cpp, for devices that have all three.
     """
+    if not is_torchs(kind):
+        return ()
     gated = kind.cell in ("lstm", "gru")
     # Units up to which the weights fit one multiprocessor, forward and backward.
     most = (192, 128) if gated else (384, 256)
@@ -177,23 +191,34 @@ def _nearest(device: str, kind: Kind, size: Size) -> _Found | None:
     return _remembered(_look, device, kind, size._replace(T=1 << max(size.T, 1).bit_length() - 1))
 
 
+def _distance(row: dict, letter: str, size: int) -> float:
+    return abs(math.log2(max(size, 0.5) / row[letter]))
+
+
+def _timed(device: str, kind: Kind, **sizes: int) -> list[dict]:
+    """Rows of a kind with such sizes, as far as they are given, that have times."""
+    return [
+        row
+        for row in _rows(device, "recurrent")
+        if "torch" in row
+        and _is_of(row, kind)
+        and all(_distance(row, x, size) <= math.log2(_LIKE[x]) for x, size in sizes.items())
+    ]
+
+
 def _look(device: str, kind: Kind, size: Size) -> _Found | None:
     algorithm = cudnn_algorithm(kind, size)
+    like = (
+        row
+        for row in _timed(device, kind, B=size.B, H=size.H)
+        if size.T * _SHORTER >= row["T"]
+        and cudnn_algorithm(kind, Size(*(row[letter] for letter in Size._fields))) == algorithm
+    )
 
-    def distance(row: dict, letter: str) -> float:
-        return abs(math.log2(max(getattr(size, letter), 0.5) / row[letter]))
+    def distance(row: dict) -> tuple[float, float]:
+        return _distance(row, "H", size.H), _distance(row, "B", size.B)
 
-    def is_like(row: dict) -> bool:
-        return (
-            "wrong" not in row
-            and _is_of(row, kind)
-            and all(distance(row, letter) <= math.log2(by) for letter, by in _LIKE.items())
-            and size.T * _SHORTER >= row["T"]
-            and cudnn_algorithm(kind, Size(*(row[letter] for letter in Size._fields))) == algorithm
-        )
-
-    like = filter(is_like, _rows(device, "recurrent"))
-    row = min(like, key=lambda row: (distance(row, "H"), distance(row, "B")), default=None)
+    row = min(like, key=distance, default=None)
     if row is None:
         return None
     said = ", ".join(f"{letter} {row[letter]}" for letter in "TBH")
@@ -201,22 +226,41 @@ def _look(device: str, kind: Kind, size: Size) -> _Found | None:
 
 
 def fastest_way(device: str, kind: Kind, size: Size) -> str | None:
-    """Of csrc/cuda, at the nearest size measured of a single layer; None where nothing was."""
+    """Of csrc/cuda, at the nearest size measured of a single layer; None where nothing was, but
+    `step` of what torch has no layer for."""
     found = _nearest(device, kind._replace(layers=1), size)
-    return None if found is None else min(found.ours, key=found.ours.get)
+    if found is None:
+        return None if is_torchs(kind) or device not in TABLE else "step"
+    return min(found.ours, key=found.ours.get)
 
 
 def torchs_reason(device: str, kind: Kind, torchs_dtype: str, size: Size) -> str | None:
     """Why a call is left to torch, on a GPU cuDNN; None where the kernels took less time, by the
     way they would go, at the nearest size measured of its kind, or as much."""
     found, way = _nearest(device, kind, size), fastest_way(device, kind, size)
+    known = is_torchs(kind)
+    if found is None and not known:
+        return None
     ours = None if found is None else found.ours.get(way)
-    theirs = None if found is None else found.torch.get(torchs_dtype)
+    theirs = None if found is None else found.torch.get(torchs_dtype if known else kind.dtype)
     if ours is None or theirs is None:
         return f"no call of such a kind and size was measured on {device}"
     if ours <= theirs:
         return None
-    return f"cuDNN was measured faster at {found.size}: {theirs:.3g} ms, by `{way}` {ours:.3g} ms"
+    name = "cuDNN" if known else "plain PyTorch"
+    return f"{name} was measured faster at {found.size}: {theirs:.3g} ms, by `{way}` {ours:.3g} ms"
+
+
+def never_slower(device: str, kind: Kind, torchs_dtype: str, H: int) -> bool:
+    """Whether the kernels took no longer than torch at any size measured with so many units, and
+    there is one: of a call whose other sizes are not known."""
+    return _remembered(_never_slower, device, kind, torchs_dtype, H)
+
+
+def _never_slower(device: str, kind: Kind, torchs_dtype: str, H: int) -> bool:
+    sizes = [Size(*(row[letter] for letter in Size._fields)) for row in _timed(device, kind, H=H)]
+    reasons = [torchs_reason(device, kind, torchs_dtype, size) for size in sizes]
+    return bool(reasons) and not any(reasons)
 
 
 def decoders_reason(device: str, kind: DecoderKind) -> str | None:
@@ -226,7 +270,7 @@ def decoders_reason(device: str, kind: DecoderKind) -> str | None:
 
 
 def _slowest_decoder(device: str, kind: DecoderKind) -> str | None:
-    rows = [row for row in _rows(device, "decoder") if _is_of(row, kind)]
+    rows = [row for row in _rows(device, "decoder") if "torch" in row and _is_of(row, kind)]
     if not rows:
         return f"no decoder of such a kind was measured on {device}"
     for row in rows:

@@ -3,9 +3,10 @@
 Products over all tokens (the sums of x, the gradients of x and of the weights) are torch's GEMMs,
 once a layer; what goes from step to step is one call, ``fastseq::recurrent_cuda_fwd`` or
 ``_bwd``. Nothing waits for the device, and nothing depends on values that only it knows, so
-that a call can be captured into a CUDA graph (a packed sequence aside: its batch_sizes are on the
-host). Arguments and results are those of :mod:`fastseq.ops.recurrent`; float64, float32, float16
-and bfloat16, the last two carrying c, and h for cells that read it, in float32.
+that a call can be captured into a CUDA graph, which keeps what the host alone knew (a packed
+sequence's batch_sizes, lengths given there). Arguments and results are those of
+:mod:`fastseq.ops.recurrent`; float64, float32, float16 and bfloat16, the last two carrying c, and
+h for cells that read it, in float32.
 
 ``first`` [T] and ``lengths`` [B], int64 on the device, say where packed tokens begin and how many
 steps each sequence runs; None where tokens are T*B, and where all run T. Gradients of sums come a
@@ -34,6 +35,7 @@ __all__ = [
     "STEP",
     "WHOLE",
     "backward",
+    "beyond",
     "current_stream",
     "forward",
     "in_order",
@@ -45,6 +47,7 @@ __all__ = [
     "wants_apart",
     "way",
     "ways",
+    "without_a_grid",
 ]
 
 ANY_WAY, STEP, WHOLE, GRID, IF_IT_CAN = range(5)
@@ -86,34 +89,38 @@ class _Tokens(NamedTuple):
 
 
 def send(t: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device. One of the host's goes by way of pinned memory: a copy out of any
-    other may wait for all that was launched before it. A graph that is being captured can't hold
-    such a copy, for the memory is another's by the time it is replayed.
-
-    Raises:
-        RuntimeError: the tensor is on the host, and a CUDA graph is being captured.
-    """
-    if t.device != device and t.is_cpu:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "fastseq: expected lengths and the like on the GPU while a CUDA graph is captured, "
-                "got a tensor of the host's; pack no sequence there, and move lengths before"
-            )
-        t = t.pin_memory()
-    return t.to(device, non_blocking=True)
+    """Integers [n], none negative, on the device. Those of the host go by way of pinned memory: a
+    copy out of any other may wait for all that was launched before it. A graph that is being
+    captured can't hold such a copy, for the memory is another's by the time it is replayed: there
+    they go in the arguments of kernels."""
+    if t.device == device or not t.is_cpu:
+        return t.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        return _in_arguments(t, device)
+    return t.pin_memory().to(device, non_blocking=True)
 
 
 def send_flags(flags: Tensor, device: torch.device) -> Tensor:
-    """A bool [n] on the device. One of the host's goes as bits of numbers that kernels are called
-    with: nothing is copied, so nothing waits, and a captured graph keeps them."""
+    """A bool [n] on the device. One of the host's goes in the arguments of kernels: nothing is
+    copied, so nothing waits, and a captured graph keeps them."""
     if flags.device == device or not flags.is_cpu:
         return flags.to(device)
-    parts = []
-    for part in flags.split(_BITS):
-        number = sum(flag << i for i, flag in enumerate(part.tolist()))
-        places = torch.arange(len(part), device=device)
-        parts.append(torch.bitwise_right_shift(number, places).bitwise_and_(1))
-    return torch.cat(parts).bool()
+    return _in_arguments(flags.long(), device).bool()
+
+
+def _in_arguments(t: Tensor, device: torch.device) -> Tensor:
+    """Integers [n] of the host, none negative, as many as fit in each number that a kernel is
+    called with."""
+    numbers = t.tolist()
+    bits = max(1, max(numbers, default=0).bit_length())
+    each = _BITS // bits
+    words = torch.empty(-(-len(numbers) // each), 1, dtype=torch.int64, device=device)
+    for i, word in enumerate(words.unbind()):
+        packed = numbers[i * each : (i + 1) * each]
+        word.fill_(sum(number << place * bits for place, number in enumerate(packed)))
+    places = torch.arange(0, each * bits, bits, device=device)
+    found = (words >> places).bitwise_and_((1 << bits) - 1)
+    return found.flatten()[: len(numbers)]
 
 
 # Of an int64, its sign left out.
@@ -187,10 +194,18 @@ def _params(kind, side: _Weights) -> Tensor:
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """A context in which the tensor's device is the current one."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+    """A context in which the tensor's device is the current one, and products keep the dtypes that
+    were chosen for the call: autocast must not choose again."""
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    lowered = (x.is_cuda or x.is_cpu) and torch.is_autocast_enabled(x.device.type)
+    if not elsewhere and not lowered:
         return contextlib.nullcontext()
-    return torch.cuda.device(x.device.index)
+    inside = contextlib.ExitStack()
+    if elsewhere:
+        inside.enter_context(torch.cuda.device(x.device.index))
+    if lowered:
+        inside.enter_context(torch.autocast(x.device.type, enabled=False))
+    return inside
 
 
 def current_stream(x: Tensor) -> int:
@@ -255,7 +270,7 @@ def forward(cell, x, h0, c0, weights, has_biases, directions, batch_sizes, lengt
             given = Among.of(sides, tokens, masks, x)
             flat, more = given.masks, (given.w_hr, given.keep, raw, handed)
         torch.ops.fastseq.recurrent_cuda_fwd(
-            cell, wanted(kind, x, H, tokens, D, save, projected), stream, tokens.steps, zx,
+            cell, wanted(kind, x, H, tokens, resets, D, save, projected), stream, tokens.steps, zx,
             [side.recurrent(behind) for side in sides], b_hh,
             [_params(kind, side) for side in sides if kind.params], flat, tokens.first,
             tokens.lengths, tokens.flat(resets), h, c, y, kept, *more,
@@ -337,7 +352,8 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
             before = raw.view(tokens.count, D, H)
             dy_h, dh_h = behind.gradients_of_steps(dy, dh_n, before, tokens.without_padding)
         torch.ops.fastseq.recurrent_cuda_bwd(
-            cell, wanted(kind, x, H, tokens, D, True, projected), stream, tokens.steps, tokens.rows,
+            cell, wanted(kind, x, H, tokens, resets, D, True, projected), stream, tokens.steps,
+            tokens.rows,
             kept, dy_h, dh_h, dc_n, h0_h, c0, [side.recurrent(behind) for side in sides],
             [_params(kind, side) for side in sides if kind.params], flat, tokens.first,
             tokens.lengths, tokens.flat(resets), dsums, hidden, dh0, dc0, *more,
@@ -372,14 +388,27 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
     return [dx.view(x.shape), *out] if need_dx else out
 
 
-def wanted(kind, x: Tensor, H: int, tokens: _Tokens, directions: int, train: bool,
-           projected: bool) -> int:  # fmt: skip
+def beyond(lengths: bool, resets: bool, zoneout: bool) -> str:
+    """What a call has that torch's layers do not take, as the table of measurements says it."""
+    return " ".join(
+        name for name, has in zip(_BEYOND, (lengths, resets, zoneout), strict=True) if has
+    )
+
+
+_BEYOND = ("lengths", "resets", "zoneout")
+
+
+def wanted(kind, x: Tensor, H: int, tokens: _Tokens, resets: Tensor | None, directions: int,
+           train: bool, projected: bool) -> int:  # fmt: skip
     """The way to go, for the op: ``way``, or what was fastest where something was measured."""
     if way != ANY_WAY or not measured_cuda.TABLE or not x.is_cuda:
         return way
     _, dtype = measured_cuda.dtypes(x.dtype)
     packed, mode = tokens.first is not None, "train" if train else "inf"
-    like = measured_cuda.Kind(kind.reference, dtype, 1, directions, packed, projected, mode)
+    more = beyond(tokens.has_padding, resets is not None, bool(kind.masks))
+    like = measured_cuda.Kind(
+        kind.reference, dtype, 1, directions, packed, projected, mode, more
+    )  # fmt: skip
     size = measured_cuda.Size(tokens.steps, tokens.rows, x.shape[-1], H)
     return _measured(x.device, like, size)
 
@@ -415,9 +444,19 @@ def ways(kind, dtype: torch.dtype, size: measured_cuda.Size, directions: int,
     chosen = STEP if among else way
     if chosen == ANY_WAY and like is not None:
         chosen = _measured(device, like, size)
+    return tuple(NAMES[taken] for taken in _passes(chosen, kind, dtype, size, directions, device))
+
+
+def without_a_grid(kind, dtype: torch.dtype, size: measured_cuda.Size, directions: int,
+                   device: torch.device) -> tuple:  # fmt: skip
+    """The same as :func:`ways`, should the device refuse to run all blocks of a grid at once."""
+    whole = _passes(WHOLE, kind, dtype, size, directions, device)
+    return tuple(NAMES[WHOLE if taken == WHOLE else STEP] for taken in whole)
+
+
+def _passes(chosen, kind, dtype, size, directions, device) -> list[int]:
     given = kind.number, dtype.itemsize, chosen, size.H, size.B, directions
-    passes = (_native.cuda_way(*given, backward, *limits(device)) for backward in (False, True))
-    return tuple(NAMES[taken] for taken in passes)
+    return [_native.cuda_way(*given, backward, *limits(device)) for backward in (False, True)]
 
 
 def in_order(grad: Tensor, moved: int) -> Tensor:

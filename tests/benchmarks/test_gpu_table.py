@@ -38,7 +38,12 @@ def host(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     for cls in (torch.Tensor, torch.nn.Module):
         monkeypatch.setattr(cls, "cuda", lambda self: self)
-    monkeypatch.setattr(fastseq, "use_backend", lambda name: contextlib.nullcontext())
+    real = fastseq.use_backend
+    monkeypatch.setattr(
+        fastseq,
+        "use_backend",
+        lambda name: real(name) if name == "torch" else contextlib.nullcontext(),
+    )
     for module in (bench_recurrent_gpu, bench_decoder):
         monkeypatch.setattr(module, "milliseconds", milliseconds)
     monkeypatch.setattr(bench_recurrent_gpu, "busiest", lambda run: "a kernel")
@@ -63,6 +68,13 @@ CASES = [
     ("lstm", SMALL, "projected", "f32"),
     ("gru", SMALL, "both packed", "f32"),
     ("rnn_tanh", SMALL, "plain", "f32"),
+]
+BEYOND = [
+    ("lstm", SMALL, "lengths", "f32"),
+    ("gru", SMALL, "resets", "f32"),
+    ("lstm", SMALL, "zoneout", "f32"),
+    ("peephole_lstm", SMALL, "plain", "f32"),
+    ("layer_norm_lstm", SMALL, "plain", "f32"),
 ]
 
 
@@ -95,6 +107,45 @@ def test_every_case_is_checked_timed_and_chosen_by(host, tmp_path, monkeypatch):
     assert row["torch"] == {"f32": 5.0, "tf32": 4.0} and (row["step"], row["grid"]) == (3.0, 1.0)
 
 
+def test_what_torch_has_no_layer_for_is_measured_against_the_reference(host, tmp_path, monkeypatch):
+    plain, timed = [], []
+    forward = bench_recurrent_gpu.functional.rnn._reference.layer
+    monkeypatch.setattr(
+        bench_recurrent_gpu.functional.rnn._reference,
+        "layer",
+        lambda *given, **options: plain.append(given[0]) or forward(*given, **options),
+    )
+
+    def ran(calls, device, seconds):
+        for name, call in calls.items():
+            plain.clear()
+            call()
+            timed.append((name, bool(plain)))
+        return milliseconds(calls, device, seconds)
+
+    monkeypatch.setattr(bench_recurrent_gpu, "milliseconds", ran)
+    status, rows, table = recurrent(tmp_path, monkeypatch, BEYOND)
+    assert status == 0 and {row["status"] for row in rows} == {"ok"}
+    assert all(by_plain == (name == "torch") for name, by_plain in timed) and len(timed) >= 20
+    monkeypatch.setattr(measured_cuda, "TABLE", table)
+    for cell, _, form, dtype in BEYOND:
+        beyond = "" if form == "plain" else form
+        kind = Kind(cell, dtype, 1, 1, False, False, "train", beyond)
+        found = measured_cuda._nearest("a GPU", kind, Size(3, 4, 5, 6))
+        assert found.torch.keys() == {"f32"} and "step" in found.ours
+        assert ("grid" in found.ours) == (form in ("lengths", "resets")), kind
+        assert measured_cuda.torchs_reason("a GPU", kind, "tf32", Size(3, 4, 5, 6)) is None
+
+
+def test_kernels_that_cudnn_ran_name_its_algorithm():
+    name = bench_recurrent_gpu.named_by_cudnn
+    persistent, gemm = "void RNN_blockPersist_fp_LSTM<__half>(..)", "sm90_xmma_gemm_f32f32_tn_n"
+    assert name({gemm: 5.0, persistent: 1.0}) == persistent
+    assert name({gemm: 5.0, "void LSTM_elementWise_fp<float>(..)": 1.0, "GRU": 0.5})[5:9] == "LSTM"
+    assert name({gemm: 5.0, "void at::native::elementwise_kernel": 7.0}).startswith("unknown: void")
+    assert name({}) == ""
+
+
 def test_what_is_wrong_or_fails_stays_in_as_wrong(host, tmp_path, monkeypatch):
     right = functional.lstm
 
@@ -121,12 +172,48 @@ def test_what_is_wrong_or_fails_stays_in_as_wrong(host, tmp_path, monkeypatch):
 
 def test_a_time_that_cannot_be_taken_is_wrong_too(host, tmp_path, monkeypatch):
     def no_time(calls, device, seconds):
-        raise RuntimeError("out of memory")
+        raise RuntimeError("CUDA error: illegal address")
 
     monkeypatch.setattr(bench_recurrent_gpu, "milliseconds", no_time)
     status, rows, table = recurrent(tmp_path, monkeypatch, CASES[:1])
-    assert status == 1 and {row["status"] for row in rows} == {"failed: out of memory"}
+    assert status == 1 and {row["status"] for row in rows} == {
+        "failed: CUDA error: illegal address"
+    }
     assert all("wrong" in row for row in table["a GPU"]["recurrent"])
+
+
+def out_of_memory(*given, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")
+
+
+def no_algorithm(*given, **options):
+    raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+
+
+FAILURES = {
+    "no memory to check": (functional, "lstm", out_of_memory, "CUDA out of memory"),
+    "no memory to time": (bench_recurrent_gpu, "milliseconds", out_of_memory, "CUDA out of memory"),
+    "torch's memory": (torch.nn.LSTM, "forward", out_of_memory, "torch's side: CUDA out of memory"),
+    "torch's own": (torch.nn.LSTM, "forward", no_algorithm, "torch's side: cuDNN error"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_could_not_be_measured_is_not_called_wrong(host, tmp_path, monkeypatch, failure):
+    """Ours is not known to be: the row is torch's, its cell and dtype are not."""
+    owner, name, fails, reason = FAILURES[failure]
+    monkeypatch.setattr(owner, name, fails)
+    status, rows, table = recurrent(tmp_path, monkeypatch, [CASES[0], CASES[4]])
+    assert status == 1
+    assert all(row["status"].startswith(f"unmeasured: {reason}") for row in rows[:2])
+    found = table["a GPU"]["recurrent"]
+    assert all(row["unmeasured"].startswith(reason) for row in found[:2])
+    assert not any("wrong" in row for row in found)
+    monkeypatch.setattr(measured_cuda, "TABLE", table)
+    monkeypatch.setattr(measured_cuda, "device_name", lambda index: "a GPU")
+    assert measured_cuda.unproved(0, "lstm", "f32") is None
+    kind = Kind("lstm", "f32", 1, 1, False, False, "train")
+    assert "was measured" in measured_cuda.torchs_reason("a GPU", kind, "f32", Size(3, 4, 5, 6))
 
 
 def test_tf32_is_allowed_where_a_row_says_so(host, tmp_path, monkeypatch):
@@ -188,7 +275,11 @@ def test_the_cases_of_a_whole_run():
     for cell in ("lstm", "gru"):
         for form in bench_recurrent_gpu.FORMS.keys() - {"projected"}:
             assert {dtype for c, _, f, dtype in cases if (c, f) == (cell, form)} >= {"f32", "bf16"}
+        forms = {form for c, _, form, _ in cases if c == cell}
+        assert forms >= {"lengths", "resets", "zoneout"}
     assert {c for c, _, form, _ in cases if form == "projected"} == {"lstm"}
+    own = {(c, form, dtype) for c, _, form, dtype in cases if c in bench_recurrent_gpu.OWN}
+    assert own == {(cell, "plain", "f32") for cell in bench_recurrent_gpu.OWN}
 
 
 def decoder(tmp_path, monkeypatch):
@@ -236,6 +327,17 @@ def test_wrong_decoders_stay_in_as_wrong(host, tmp_path, monkeypatch):
     monkeypatch.setattr(measured_cuda, "TABLE", table)
     monkeypatch.setattr(measured_cuda, "device_name", lambda index: "a GPU")
     assert "features" in measured_cuda.unproved(0, "gru", "f32", "decoder")
+
+
+def test_a_decoder_that_torch_could_not_run_is_unmeasured(host, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_decoder.reference, "attention_decoder", out_of_memory)
+    status, rows, table = decoder(tmp_path, monkeypatch)
+    assert status == 1 and rows[0]["status"].startswith("unmeasured: torch's side: CUDA out of")
+    assert all("unmeasured" in row for row in table["a GPU"]["decoder"])
+    monkeypatch.setattr(measured_cuda, "TABLE", table)
+    monkeypatch.setattr(measured_cuda, "device_name", lambda index: "a GPU")
+    assert measured_cuda.unproved(0, "gru", "f32", "decoder") is None
+    assert "no decoder" in measured_cuda.decoders_reason("a GPU", DecoderKind("gru"))
 
 
 def test_the_table_is_a_gpus(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from fastseq.kernels import why_not_available
-from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import fastseq
@@ -13,52 +12,10 @@ from fastseq import _native, functional, nn
 from fastseq.functional.decoder import picks_obstacle
 from fastseq.ops import measured_cuda, recurrent_cuda
 from fastseq.ops import recurrent as op
+from tests.cuda.table import plant, row, said
 
 if not _native.loaded() or not _native.cuda_built():
     pytest.skip("the library is built without nvcc", allow_module_level=True)
-
-H200 = (132, 232448)
-
-
-@pytest.fixture
-def a_gpu(monkeypatch):
-    """Tensors on a device that isn't there, of an H200's size; nothing is computed."""
-    monkeypatch.setattr(_native, "cuda_obstacle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(measured_cuda, "device_name", lambda index: "a GPU")
-    monkeypatch.setattr(recurrent_cuda, "limits", lambda device: H200)
-    for name in ("uniform_", "kaiming_uniform_"):
-        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *bounds, **more: tensor)
-    with FakeTensorMode():
-        yield
-
-
-def row(torchs=2.0, **changed):
-    """Of the table: torch's time is that of every dtype, ours those of `step`, or as given."""
-    times = {"step": 1.0} if not changed.keys() & {*measured_cuda.WAYS} else {}
-    kind = measured_cuda.Kind("lstm", "f32", 1, 1, False, False, "train")._asdict()
-    theirs = torchs if isinstance(torchs, dict) else {n: torchs for n in ("f32", "bf16", "f16")}
-    return kind | dict(T=50, B=64, I=512, H=512, torch=theirs) | times | changed
-
-
-def plant(monkeypatch, *rows, decoder=()):
-    """A table of one device."""
-    table = {"a GPU": {"recurrent": list(rows), "decoder": list(decoder)}}
-    monkeypatch.setattr(measured_cuda, "TABLE", table)
-
-
-@pytest.fixture
-def exact():
-    """cuDNN's products are float32, as ours are by default."""
-    switch = torch.backends.cudnn.rnn
-    before, switch.fp32_precision = switch.fp32_precision, "ieee"
-    yield
-    switch.fp32_precision = before
-
-
-def said(layer, *shape, dtype=torch.float32, **options):
-    module = layer(shape[-1], options.pop("H"), device="cuda", dtype=dtype, **options)
-    return fastseq.explain(module, torch.empty(*shape, device="cuda", dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +64,14 @@ def test_rows_too_wide_to_be_normalised_are_the_reference_s(a_gpu, monkeypatch):
     found = said(nn.LayerNormLSTM, 5, 3, 8, H=5786)
     assert found.backend == "torch" and "rows of 5786 units" in found.reason
     assert said(nn.LayerNormLSTM, 5, 3, 8, H=2900, dtype=torch.float64).backend == "torch"
+
+
+def test_explain_says_what_runs_should_the_device_refuse_a_grid(a_gpu, exact, monkeypatch):
+    """A grid measured faster though a block holds the weights, and one larger than that."""
+    plant(monkeypatch, *(row(9.0, H=H, step=3.0, grid=1.0) for H in (96, 300)))
+    for H, otherwise in ((96, "whole"), (300, "step")):
+        words = WORDS["grid"].replace("`step`", f"`{otherwise}`")
+        assert said(nn.LSTM, 50, 64, 512, H=H).reason.endswith(f": `grid`, {words}")
 
 
 def test_what_runs_follows_a_planted_way(a_gpu, monkeypatch):
@@ -336,12 +301,16 @@ def test_a_decoder_is_chosen_by_rows_of_decoders(a_gpu, monkeypatch):
     with fastseq.use_backend("cuda"):
         assert explain_decoder().backend == "cuda"
     plant(monkeypatch, decoder=[decoder_row()])
+    # Without Triton the loop is another, which nobody measured; whoever wants it has it.
     found = explain_decoder()
+    assert found.backend == "torch"
+    assert f"Triton's attention alone: {why_not_available()}" in found.reason
+    with fastseq.use_backend("cuda"):
+        found = explain_decoder()
     assert found.backend == "cuda" and "one CUDA graph" in found.reason
     assert f"plain PyTorch attention ({why_not_available()})" in found.reason
-    with monkeypatch.context() as patch:
-        patch.setattr(fastseq.backends._attention, "plain_because", lambda *given: None)
-        assert "a loop of CUDA kernels and Triton kernels, one" in explain_decoder().reason
+    monkeypatch.setattr(fastseq.backends._attention, "plain_because", lambda *given: None)
+    assert "a loop of CUDA kernels and Triton kernels, one" in explain_decoder().reason
     combine = (torch.empty(16, 32, device="cuda"), None)
     for others in (
         dict(kind="lstm"), dict(combine=combine), dict(combine=combine, input_feeding=True),
@@ -357,6 +326,7 @@ def test_a_decoder_is_chosen_by_rows_of_decoders(a_gpu, monkeypatch):
 
 
 def test_a_decoder_is_torchs_where_it_took_longer_once_or_was_wrong(a_gpu, monkeypatch):
+    monkeypatch.setattr(fastseq.backends._attention, "plain_because", lambda *given: None)
     slower = decoder_row(H=256, torch={"eager": 3.0, "captured": 0.5})
     plant(monkeypatch, decoder=[decoder_row(), slower])
     found = explain_decoder()
@@ -370,6 +340,7 @@ def test_a_decoder_is_torchs_where_it_took_longer_once_or_was_wrong(a_gpu, monke
 
 
 def test_decoders_that_choose_their_tokens_ask_the_same(a_gpu, monkeypatch):
+    monkeypatch.setattr(fastseq.backends._attention, "plain_because", lambda *given: None)
     values, hidden = torch.empty(3, 7, 16, device="cuda"), torch.empty(1, 3, 16, device="cuda")
     plant(monkeypatch, decoder=[decoder_row(mode="inf")])
     with torch.no_grad():
@@ -382,10 +353,10 @@ def test_decoders_that_choose_their_tokens_ask_the_same(a_gpu, monkeypatch):
         assert module.explained(start, hidden, values).backend == "torch"
 
 
-def wanted(x, H=96, train=True, projected=False, first=None):
+def wanted(x, H=96, train=True, projected=False, first=None, lengths=None, resets=None):
     """What the op goes by."""
-    tokens = recurrent_cuda._tokens(x, None, None, None)._replace(first=first)
-    return recurrent_cuda.wanted(op.CELLS["lstm"], x, H, tokens, 1, train, projected)
+    tokens = recurrent_cuda._tokens(x, None, None, lengths)._replace(first=first)
+    return recurrent_cuda.wanted(op.CELLS["lstm"], x, H, tokens, resets, 1, train, projected)
 
 
 def test_the_op_goes_by_rows_like_its_call(a_gpu, exact, monkeypatch):
@@ -397,11 +368,15 @@ def test_the_op_goes_by_rows_like_its_call(a_gpu, exact, monkeypatch):
         row(mode="inf", **like, **grid),
         row(projected=True, **like, **grid),
         row(packed=True, **like, **grid),
+        row(beyond="lengths resets", **like, **grid),
     )
     x = torch.empty(100, 20, 16, device="cuda")
     by_step, by_grid = (way | recurrent_cuda.IF_IT_CAN for way in (op_way("step"), op_way("grid")))
     assert wanted(x) == by_step
     assert wanted(x, train=False) == wanted(x, projected=True) == wanted(x, first=x) == by_grid
+    lengths = torch.empty(20, dtype=torch.int64, device="cuda")
+    assert wanted(x, lengths=lengths, resets=lengths) == by_grid
+    assert wanted(x, lengths=lengths) == by_step
     # Twenty steps of a hundred rows are of another size.
     assert wanted(x.transpose(0, 1)) == recurrent_cuda.ANY_WAY
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastseq import _native, functional
+from fastseq.ops import attention_plain, decoder_cuda
 from fastseq.ops import decoder as op
-from fastseq.ops import decoder_cuda
 from fastseq.ops.graphs import Replayed
 from fastseq.reference import decoder as reference
 from fastseq.testing import assert_close_to_reference, run_with_grads
@@ -147,6 +147,20 @@ def test_what_is_kept_is_as_long_as_said():
             layers, b.get("query_weight"), b.get("combine_weight"), case.options["residual"],
         )  # fmt: skip
         assert saved.numel() == said
+
+
+@pytest.mark.parametrize("order", on_cpu.ORDERS)
+def test_without_triton_the_loop_scores_in_plain_pytorch(monkeypatch, order):
+    """As a GPU's operators do where Triton has no compiler: see tests/kernels/test_options.py."""
+
+    def attention(self, stage, query, *rest, first=()):
+        score, more = ("dot", ()) if self.v is None else ("additive", (self.v, None))
+        plain = getattr(attention_plain, f"{score}_{stage}")
+        return plain(*first, query, self.keys, self.values, *more, *rest)
+
+    monkeypatch.setattr(decoder_cuda._Decoder, "attention", attention)
+    for options in (dict(cell="gru", L=2), dict(K=None, H=7, score="dot")):
+        on_cpu.check(decoder_case(masked=True, **options, **on_cpu.ORDERS[order]))
 
 
 def bits(case):

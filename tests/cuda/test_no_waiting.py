@@ -133,12 +133,13 @@ def test_what_waits_is_noticed(a_gpu, monkeypatch, planted):
         both_passes("lstm", "lengths")
 
 
-@pytest.mark.parametrize("form", ["packed", "lengths of the host"])
-def test_inside_a_capture_the_host_sends_nothing(a_gpu, monkeypatch, form):
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell, proj_size", [("lstm", 0), ("gru", 0), ("layer_norm_lstm", 6)])
+def test_inside_a_capture_nothing_is_copied(a_gpu, monkeypatch, cell, proj_size, form):
+    """The copy's source would be another's memory by the time of the replay."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
-        both_passes("lstm", form)
-    both_passes("lstm", "lengths")
+    both_passes(cell, form, proj_size)
+    assert a_gpu.seen == 0 and not a_gpu.pinned
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -179,20 +180,34 @@ def on_gpus(argument):
     return on_gpu(argument) if isinstance(argument, torch.Tensor) else argument
 
 
+class Elsewhere(torch.Tensor):
+    """Of a device that is another, and yet has values to look at."""
+
+    device = torch.device("meta")
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
 @pytest.mark.parametrize("n", [0, 1, 61, 62, 63, 200])
 def test_flags_arrive_without_a_copy(n):
     flags = torch.rand(n) < 0.5
     sent = recurrent_cuda.send_flags(flags, torch.device("meta"))
     assert sent.is_meta and sent.shape == flags.shape and sent.dtype == torch.bool
-    # A device that is another, and yet has values to look at.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "device", torch.device("meta"))
-        found = recurrent_cuda.send_flags(flags, torch.device("cpu"))
+    found = recurrent_cuda.send_flags(flags.as_subclass(Elsewhere), torch.device("cpu"))
     assert torch.equal(found, flags)
 
 
-def test_a_capture_has_a_stream_of_its_device_and_leaves_the_caller_s(monkeypatch):
-    now, captured = {"device": 0, "stream": "mine"}, []
+@pytest.mark.parametrize("most", [0, 1, 5, 1000, 2**31, 2**62 - 1])
+@pytest.mark.parametrize("n", [0, 1, 61, 200])
+def test_numbers_arrive_in_a_capture(monkeypatch, n, most):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    numbers = torch.randint(0, most + 1, (n,))
+    numbers[-1:] = most
+    found = recurrent_cuda.send(numbers.as_subclass(Elsewhere), torch.device("cpu"))
+    assert torch.equal(found, numbers) and found.dtype == torch.int64 and found.is_contiguous()
+
+
+def test_a_capture_has_a_stream_of_its_device_and_memory_of_its_own(monkeypatch):
+    now, captured, events = {"device": 0, "stream": "mine"}, [], []
 
     class Stream:
         def __init__(self, device):
@@ -213,9 +228,11 @@ def test_a_capture_has_a_stream_of_its_device_and_leaves_the_caller_s(monkeypatc
             captured.append(stream)
 
         def __enter__(self):
+            events.append("begin")
             now["stream"] = captured[-1]
 
         def __exit__(self, *error):
+            events.append("end")
             raise RuntimeError("capturing failed")
 
     for name, value in {
@@ -227,13 +244,18 @@ def test_a_capture_has_a_stream_of_its_device_and_leaves_the_caller_s(monkeypatc
         "current_device": lambda: now["device"],
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    cleared = lambda: events.append("cleared")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", cleared, raising=False)
     graphs._capture_stream.cache_clear()
     ran = []
     for device in (0, 1, 0):
         now["device"] = device
         with pytest.raises(RuntimeError, match="capturing failed"):
-            graphs.capture(lambda: ran.append(now["stream"]) or [], [])
+            graphs.capture(lambda: ran.append(now["stream"]) or events.append("ran") or [], [])
         assert now["stream"] == "mine"
+        # Products' scratch memory is neither an earlier graph's nor a later one's.
+        assert events == ["ran", "cleared", "begin", "ran", "end", "cleared"]
+        events.clear()
         # What must not happen during a capture, such as compiling, did before.
         assert ran[-2:] == ["mine", captured[-1]]
     graphs._capture_stream.cache_clear()

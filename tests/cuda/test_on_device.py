@@ -261,6 +261,36 @@ def test_a_training_step_in_a_graph_on_another_stream(way):
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
+@pytest.mark.parametrize("form", ["packed", "resets, lengths"])
+@pytest.mark.parametrize("cell, P", [("lstm", 0), ("gru", 0), ("layer_norm_lstm", 4)])
+def test_what_the_host_alone_knows_is_kept_by_a_graph(cell, P, form):
+    """The sizes of a packed sequence, and lengths that were given on the host."""
+    case = recurrent_case(cell, 6, 5, 4, 16, proj_size=P, **FORMS[form])
+    case = moved(case.packed() if form == "packed" else case)
+    if form != "packed":
+        case.keywords["lengths"] = case.keywords["lengths"].cpu()
+
+    def run():
+        return run_with_grads(ours(case), case.inputs, case.cotangents, names=case.names)
+
+    expected = run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(captured[name], t) for name, t in expected.items())
+        # Of the replay, not of the capture.
+        for t in captured.values():
+            t.fill_(float("nan"))
+
+
 def decoder(order, **options):
     case = decoder_case("lstm", T=6, B=4, S=9, H=32, C=24, masked=True, **options, **ORDERS[order])
     options = {n: t.cuda() if torch.is_tensor(t) else t for n, t in case.options.items()}
@@ -286,6 +316,49 @@ def test_a_decoder_as_it_is_captured_and_replayed(order, options):
         graphs = decoder_cuda.GRAPHS.values()
         assert not any(graph.refused for graph in graphs)
         assert all(len(graph) == (seed > 0) for graph in graphs)
+
+
+def test_decoders_on_two_streams_at_once():
+    """Each graph has memory of its own, that of its products among it: both run as if alone."""
+    case = decoder_case("lstm", T=24, B=32, S=40, H=256, C=256, E=128, masked=True)
+    case = replace(case, inputs={name: t.cuda() for name, t in case.inputs.items()},
+                   options={n: t.cuda() if torch.is_tensor(t) else t
+                            for n, t in case.options.items()})  # fmt: skip
+    for graphs in decoder_cuda.GRAPHS.values():
+        graphs.clear()
+
+    def run(scale):
+        tensors = [t * scale if t.is_floating_point() else t for t in case.inputs.values()]
+        return case.function(functional)(*tensors)[0]
+
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with torch.no_grad():
+        expected = []
+        for scale, stream in enumerate(streams, 1):
+            with torch.cuda.stream(stream):
+                # As it is, captured, and replayed alone.
+                expected.append([run(scale) for _ in range(3)][-1].clone())
+            torch.cuda.synchronize()
+        found = []
+        for _ in range(20):
+            for scale, stream in enumerate(streams, 1):
+                with torch.cuda.stream(stream):
+                    found.append((scale, run(scale)))
+        torch.cuda.synchronize()
+    assert len(decoder_cuda.GRAPHS["forward"]) == 2
+    assert all(torch.equal(y, expected[scale - 1]) for scale, y in found)
+
+
+def test_a_layer_under_autocast():
+    layer, x = nn.LSTM(16, 64).cuda(), torch.randn(7, 5, 16, device="cuda")
+    with torch.autocast("cuda", torch.float16):
+        y, (h, c) = layer(x)
+        with fastseq.use_backend("torch"):
+            theirs = layer(x)[0]
+    assert {y.dtype, h.dtype, c.dtype} == {torch.float16} and theirs.dtype == y.dtype
+    y.float().sum().backward()
+    assert layer.weight_hh_l0.grad.dtype == torch.float32
+    torch.testing.assert_close(y, layer.half()(x.half())[0])
 
 
 def test_a_decoder_does_not_wait_once_captured():

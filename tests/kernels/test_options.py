@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import re
@@ -14,7 +15,9 @@ import torch
 from fastseq.kernels import attention, float32_matmul_precision
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastseq import backends
+from fastseq import backends, kernels
+from fastseq.ops import attention as operators
+from fastseq.ops import attention_plain
 
 WITHOUT_TRITON = """
 import sys
@@ -42,6 +45,66 @@ else:
 def test_without_triton_everything_imports_and_says_so():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """One that torch sees, and what Triton's driver does when it is asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    driver = importlib.import_module("triton.runtime").driver
+    kernels.why_not_available.cache_clear()
+    yield lambda build: monkeypatch.setattr(type(driver), "active", property(build))
+    kernels.why_not_available.cache_clear()
+
+
+def fails(error):
+    def build(self):
+        raise error
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+        subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+        AssertionError("libcuda.so cannot found!\nand more"),
+        FileNotFoundError("No such file or directory: 'nothing'"),
+    ],
+)
+def test_where_triton_can_build_no_launcher_there_is_a_reason_and_plain_attention(gpu, error):
+    gpu(fails(error))
+    reason = kernels.why_not_available()
+    assert reason.startswith(
+        f"Triton cannot build what launches its kernels: {type(error).__name__}"
+    )
+    tensors = torch.randn(2, 1, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 5)
+    assert attention.obstacle(*tensors) == reason
+    # As the operators of a GPU are registered: no error, and the same numbers.
+    more = torch.randn(4), None, None, None, 1.0
+    for name, given in (("additive_fwd", more), ("dot_fwd", more[2:])):
+        found = operators._gpu(name)(*tensors, *given)
+        assert all(map(torch.equal, found, getattr(attention_plain, name)(*tensors, *given)))
+    # Looked for once.
+    gpu(fails(KeyError()))
+    assert kernels.why_not_available() == reason
+
+
+def test_launchers_of_older_tritons_want_a_compiler_each(gpu, monkeypatch):
+    class Utils:
+        """Of cuda_utils, found in Triton's cache."""
+
+    gpu(lambda self: types.SimpleNamespace(utils=Utils()))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    assert kernels.why_not_available() is None
+    monkeypatch.setattr(sys.modules[__name__], "make_launcher", None, raising=False)
+    kernels.why_not_available.cache_clear()
+    assert "no C compiler" in kernels.why_not_available()
+    monkeypatch.setenv("CC", "tcc")
+    kernels.why_not_available.cache_clear()
+    assert kernels.why_not_available() is None
 
 
 @pytest.fixture(autouse=True)

@@ -214,6 +214,41 @@ def test_packed_sequences_with_breaks():
     assert torch.allclose(fn(x, lengths), module(pack(x, lengths))[0].data, atol=1e-6)
 
 
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_layer_that_torch_may_run_faster_is_called_between_graphs(monkeypatch, fullgraph, faster):
+    """As torch's own are on a GPU; not where one graph is asked for."""
+
+    def belongs(index, dtype, H, **about):
+        assert (index, dtype, H, about["cell"]) == (None, torch.float32, 6, "gru")
+        return faster
+
+    monkeypatch.setattr(fastseq.backends, "belongs_in_graphs", belongs)
+    own = lambda self: fastseq.nn._compiling.in_graph(  # noqa: E731
+        None, torch.float32, self.hidden_size, cell=self.cell_name
+    )
+    monkeypatch.setattr(nn.GRU, "_belongs_in_graphs", own)
+    torch._dynamo.reset()
+    seen, eager = [], []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    module, x = nn.GRU(4, 6), torch.randn(5, 3, 4)
+    original = module._run_eagerly
+    monkeypatch.setattr(
+        nn.GRU, "_run_eagerly", lambda self, *given: eager.append(1) or original(*given)
+    )
+    fn = torch.compile(lambda x: module(x + 1)[0] * 2, backend=backend, fullgraph=fullgraph)
+    found = fn(x)
+    between = bool(eager)
+    assert torch.allclose(found, module(x + 1)[0] * 2, atol=1e-6)
+    assert between == (not faster and not fullgraph)
+    assert any("recurrent_fwd" in target for target in seen) != between
+    assert any("mul" in target for target in seen)
+
+
 @pytest.mark.parametrize("dynamo_first", [False, True])
 def test_whichever_is_imported_first(dynamo_first):
     """torch imports its compiler late; fastseq neither makes it nor needs it to."""
