@@ -111,6 +111,9 @@ tests=(python3 -m pytest -q --durations=5 ${side_by_side[@]+"${side_by_side[@]}"
 started=$SECONDS
 beside "tests" 150 "${tests[@]}" tests/test_gpu.py tests/kernels/test_attention_gpu.py \
   tests/decoding/test_on_a_gpu.py
+# The CPU's own, as far as they take a device.
+beside "attention tests" 150 "${tests[@]}" -k cuda tests/test_functional_attention.py \
+  tests/ops/test_attention.py tests/ops/test_attention_kernels.py tests/nn/test_attention.py
 beside "recurrent tests" 150 "${tests[@]}" tests/cuda/test_on_device.py
 beside "resources" 60 python3 -m pytest -q tests/cuda/test_build.py
 sanitizers=(memcheck racecheck synccheck)
@@ -138,7 +141,7 @@ gather
 recurrent=() decoder=()
 if right "recurrent tests" "${sanitizers[@]/#/recurrent }"; then
   recurrent=(--table "$measured")
-  right tests "${sanitizers[@]}" && decoder=(--table "$measured")
+  right tests "attention tests" "${sanitizers[@]}" && decoder=(--table "$measured")
 fi
 # The most wanted first, and none so long that the next has no time.
 benchmark "recurrent" 50 bench_recurrent_gpu ${recurrent[@]+"${recurrent[@]}"}

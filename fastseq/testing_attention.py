@@ -82,7 +82,8 @@ def attention_case(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> AttentionCase:
-    """Draw one call: normal tensors, and places to attend to.
+    """Draw one call: normal tensors, and places to attend to; on torch's default device, the
+    numbers those of a CPU.
 
     Args:
         score: one of ``SCORES``.
@@ -100,7 +101,7 @@ def attention_case(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, spread: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * spread).to(dtype)
+        return (torch.randn(shape, generator=generator, device="cpu") * spread).to(dtype)
 
     queries = () if Q is None else (Q,)
     width, key_width = (H, E) if score in ("general", "concat") else (K, K)
@@ -128,12 +129,13 @@ def attention_case(
         inputs["weight"] = normal(K, 3)
     where: dict[str, object] = {"scale": scale} if scale != 1.0 else {}
     if lengths:
-        drawn = torch.randint(0, S + 1, (B,), generator=generator)
+        drawn = torch.randint(0, S + 1, (B,), generator=generator, device="cpu")
         drawn[:1] = 0
         where["lengths"] = drawn
     if mask is not None:
         rows = (B, *queries, S) if mask == "query" else (B, S)
-        where["mask"] = torch.rand(rows, generator=generator) < 2 / 3
+        where["mask"] = torch.rand(rows, generator=generator, device="cpu") < 2 / 3
         where["mask"][-1:] = False
     cotangents = [normal(B, *queries, C), normal(B, *queries, S)]
-    return AttentionCase(score, inputs, where, cotangents)
+    case = AttentionCase(score, inputs, where, cotangents)
+    return case.to(str(torch.get_default_device()))

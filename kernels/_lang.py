@@ -57,9 +57,17 @@ def given(p):
 
 
 @triton.jit
-def until(lengths, i_b, end):
-    """Where row i_b stops: at its length, if it has one, or at ``end``."""
-    length = tl.load(lengths + i_b, mask=given(lengths), other=end)
+def until(lengths, words, i_b, end):
+    """Where row i_b stops: at its length, if it has one, or at ``end``.
+
+    A length is ``words`` words of 32 bits, the low one first: so lengths of int32 and of int64 are
+    one type, and neither is converted first.
+    """
+    there = given(lengths)
+    p_length = lengths + offset(i_b, words)
+    low = tl.load(p_length, mask=there, other=end)
+    high = tl.load(p_length + 1, mask=there & (words == 2), other=low >> 31)
+    length = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
     return tl.minimum(length, end).to(tl.int32)
 
 

@@ -26,14 +26,19 @@ __all__ = ["Kernel", "Launch", "addresses", "forget", "run_planned"]
 
 # Arguments that may be anything, also where the rest is aligned: the sizes that change from call to
 # call, and tensors whose rows have one of them.
-UNALIGNED = frozenset("B Q S parts span stride_mb stride_mq mask lengths weights d_weights".split())
+UNALIGNED = frozenset(
+    "B Q S parts span words stride_mb stride_mq mask lengths weights d_weights".split()
+)
 # Types of tensors that a call may do without; others have the type of its first.
 _ABSENT = {
-    "lengths": torch.int64,
+    "lengths": torch.int32,
     "mask": torch.uint8,
     "partial": torch.float32,
     "peaks": torch.float32,
 }
+
+# What kernels see them as.
+_AS = {torch.bool: torch.uint8, torch.int64: torch.int32}
 
 # More kinds of calls than a program makes; one whose shapes never repeat must not fill the memory.
 MOST_PLANS = 4096
@@ -192,13 +197,14 @@ class Launch:
         self._launch = _launcher(compiled, self._grid, (*tensors, *floats, *self._rest))
 
     def _present(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Tensors that are None as empty ones, whose address is null; a mask as bytes."""
+        """Tensors that are None as empty ones, whose address is null; a mask as bytes, lengths as
+        words."""
         first = next(t for t in tensors if t is not None)
         found = []
         for name, t in zip(self._kernel.arg_names, tensors, strict=False):
             if t is None:
                 t = first.new_empty(0, dtype=_ABSENT.get(name, first.dtype))
-            found.append(t.view(torch.uint8) if t.dtype == torch.bool else t)
+            found.append(t.view(_AS[t.dtype]) if t.dtype in _AS else t)
         return found
 
 

@@ -310,7 +310,7 @@ def _nearby(
     def shaken(t: Tensor, by: float) -> Tensor:
         if not t.is_floating_point():
             return t
-        noise = (torch.rand(t.shape, generator=generator) * 2 - 1) * by
+        noise = (torch.rand(t.shape, generator=generator, device="cpu") * 2 - 1) * by
         return (t.detach().double() * (1 + noise.to(t.device))).to(dtype or t.dtype)
 
     if dtype is not None:

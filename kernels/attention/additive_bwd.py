@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._lang import blocks, given, offset, power_of_two, tanh, until, which_tanh
 from .._launch import Kernel, Launch, run_planned
-from .launch import aligned, densely, options, scores_gradient, split, values_gradient
+from .launch import aligned, densely, options, scores_gradient, split, values_gradient, words
 
 __all__ = ["additive_bwd", "additive_bwd_kernel"]
 
@@ -41,6 +41,7 @@ def additive_bwd_kernel(
     K: tl.int32,
     parts: tl.int32,
     span: tl.int32,
+    words: tl.int32,
     stride_qb: tl.int64,
     stride_qq: tl.int64,
     stride_kb: tl.int64,
@@ -60,7 +61,7 @@ def additive_bwd_kernel(
     i_b = tl.program_id(0) // parts // columns
     start = i_part * span
     end = tl.minimum(start + span, S)
-    stop = until(lengths, i_b, end)
+    stop = until(lengths, words, i_b, end)
     o_k = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = o_k < K
     weight = tl.load(v + o_k, mask=inside, other=0.0).to(tl.float32)
@@ -129,7 +130,7 @@ def additive_bwd(
 
 
 def _plan(inputs: tuple) -> Callable:
-    query, keys, v, extra, _ = inputs
+    query, keys, v, extra, lengths = inputs
     B, Q, K = query.shape
     S = keys.shape[1]
     scored = (B, Q, S)
@@ -138,12 +139,15 @@ def _plan(inputs: tuple) -> Callable:
     # A warp's columns, or half of them where there are no more.
     config["BLOCK_K"] = power_of_two(K, 64, config["BLOCK_K"])
     programs = B * blocks(K, config["BLOCK_K"])
-    parts, span = split(query.device, programs, S, config["BLOCK_S"], config["num_warps"])
+    # A part more is a buffer more, and a launch that adds them up. One warp has a quarter of a
+    # multiprocessor's special functions, two of which are a term.
+    clocks = Q * config["BLOCK_K"] // 2 // config["num_warps"]
+    parts, span = split(query.device, programs, S, config, clocks)
     gradient = Launch(
         additive_bwd_kernel[fits],
         query.device,
         programs * parts,
-        (B, Q, S, K, parts, span),
+        (B, Q, S, K, parts, span, words(lengths)),
         (query, keys, extra),
         TANH=which_tanh(),
         **config,
@@ -153,7 +157,7 @@ def _plan(inputs: tuple) -> Callable:
         # The one tensor that no plan depends on.
         if d_scores.shape != scored:
             raise RuntimeError(
-                f"fastseq.kernels.attention: expected weights of shape {list(scored)}, "
+                f"fastseq.additive_attention_bwd: expected weights of shape {list(scored)}, "
                 f"got {tuple(d_scores.shape)}"
             )
         new = inputs[0].new_empty
@@ -166,4 +170,4 @@ def _plan(inputs: tuple) -> Callable:
     return run
 
 
-_PLAN = densely("query keys v extra lengths", _plan)
+_PLAN = densely("additive_attention_bwd", "query keys v extra lengths", _plan)

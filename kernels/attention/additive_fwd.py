@@ -37,6 +37,7 @@ def additive_fwd_kernel(
     C: tl.int32,
     parts: tl.int32,
     span: tl.int32,
+    words: tl.int32,
     stride_qb: tl.int64,
     stride_qq: tl.int64,
     stride_kb: tl.int64,
@@ -68,7 +69,7 @@ def additive_fwd_kernel(
     i_b = tl.program_id(0) // parts // blocks
     start = i_part * span
     end = tl.minimum(start + span, S)
-    stop = until(lengths, i_b, end)
+    stop = until(lengths, words, i_b, end)
     first = i_block * BLOCK_Q
     last = tl.minimum(first + BLOCK_Q, Q)
 
@@ -146,6 +147,7 @@ def additive_fwd(
 
 
 _PLAN = densely(
+    "additive_attention_fwd",
     "query keys values v extra mask lengths",
     functools.partial(plan_forward, "additive_fwd", additive_fwd_kernel),
 )

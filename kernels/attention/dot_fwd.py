@@ -35,6 +35,7 @@ def dot_fwd_kernel(
     C: tl.int32,
     parts: tl.int32,
     span: tl.int32,
+    words: tl.int32,
     stride_qb: tl.int64,
     stride_qq: tl.int64,
     stride_kb: tl.int64,
@@ -57,7 +58,7 @@ def dot_fwd_kernel(
     i_q = (tl.program_id(0) // parts) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     start = i_part * span
     end = tl.minimum(start + span, S)
-    stop = until(lengths, i_b, end)
+    stop = until(lengths, words, i_b, end)
     rows = (i_q < Q)[:, None]
     i_k = tl.arange(0, BLOCK_K)
     p_query = query + offset(i_b, stride_qb) + offset(i_q, stride_qq)[:, None]
@@ -127,6 +128,7 @@ def dot_fwd(
 
 
 _PLAN = densely(
+    "dot_attention_fwd",
     "query keys values mask lengths",
     functools.partial(plan_forward, "dot_fwd", dot_fwd_kernel),
 )

@@ -26,6 +26,7 @@ __all__ = [
     "SHAPES",
     "aligned",
     "check",
+    "clocks_of",
     "densely",
     "options",
     "plan_forward",
@@ -33,14 +34,18 @@ __all__ = [
     "scores_gradient",
     "split",
     "values_gradient",
+    "words",
 ]
 
 # Programs that keep a multiprocessor busy, by warps of one.
 _WARPS_A_PROCESSOR = 16
 # Each part has a partial result of its own in memory.
 _MOST_PARTS = 32
-# Positions of one query's scores that take no longer than the launch that merges two parts.
-_LEAST_SPAN = 128
+# Clocks of a multiprocessor that a part takes at least: some 10 us, twice what the launch after the
+# parts costs, so that even two parts save as much as they cost, and more.
+_LEAST_CLOCKS = 1 << 14
+# Of a multiprocessor, a clock, where few of them are at work.
+_BYTES_A_CLOCK, _PRODUCTS_A_CLOCK, _SPECIAL_A_CLOCK = 32, 128, 16
 
 
 @functools.cache
@@ -82,16 +87,38 @@ def products(query: Tensor) -> dict[str, object]:
 
 
 def split(
-    device: torch.device, programs: int, S: int, block: int, warps: int, least: int = 1
+    device: torch.device, programs: int, S: int, config: dict[str, int], clocks: int
 ) -> tuple[int, int]:
-    """Into how many parts the source goes, and the positions of each: ``least`` or more.
+    """Into how many parts the source goes, and the positions of each.
 
-    One, unless ``programs`` of ``warps`` warps would leave multiprocessors idle.
+    One, unless ``programs`` would leave multiprocessors idle, and a part is worth a launch more.
+
+    config: tiles and warps; clocks: that a program takes for a position.
     """
-    wanted = _WARPS_A_PROCESSOR * _device(_index(device))[1] // (programs * warps)
+    warps = programs * config["num_warps"]
+    wanted = _WARPS_A_PROCESSOR * _device(_index(device))[1] // warps
+    least = max(1, _LEAST_CLOCKS // max(1, clocks))
     wanted = max(1, min(wanted, _MOST_PARTS, S // least))
+    block = config["BLOCK_S"]
     span = blocks(blocks(S, block), wanted) * block
     return blocks(S, span), span
+
+
+def clocks_of(queries: int, columns: int, itemsize: int, terms: int = 0) -> int:
+    """Of a program, for a position: the most of reading it, multiplying it and its tanh.
+
+    columns: of keys and values; terms: tanh of a query.
+    """
+    return max(
+        columns * itemsize // _BYTES_A_CLOCK,
+        queries * columns // _PRODUCTS_A_CLOCK,
+        2 * queries * terms // _SPECIAL_A_CLOCK,
+    )
+
+
+def words(lengths: Tensor | None) -> int:
+    """Of 32 bits, in a length."""
+    return 1 if lengths is None else lengths.element_size() // 4
 
 
 # What kernels take for granted of their inputs, which they have as addresses; fastseq/ops/
@@ -110,8 +137,9 @@ SHAPES = {
 }
 
 
-def check(names: Sequence[str], inputs: Sequence[Tensor | None]) -> None:
-    """See to it that a launch on ``inputs``, called ``names`` in ``SHAPES``, stays within them.
+def check(op: str, names: Sequence[str], inputs: Sequence[Tensor | None]) -> None:
+    """See to it that a launch of ``op`` on ``inputs``, called ``names`` in ``SHAPES``, stays within
+    them.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together.
@@ -127,26 +155,28 @@ def check(names: Sequence[str], inputs: Sequence[Tensor | None]) -> None:
         expected = [sizes.setdefault(e, n) for e, n in zip(extents, shape, strict=False)]
         if len(extents) != len(shape) or expected != list(shape):
             said = ", ".join(f"{e} = {sizes[e]}" if e in sizes else e for e in extents)
-            raise _refusal(name, f"of shape [{said}]", tuple(t.shape))
+            raise _refusal(op, name, f"of shape [{said}]", tuple(t.shape))
         if t.device != first.device:
-            raise _refusal(name, f"on {first.device}", t.device)
+            raise _refusal(op, name, f"on {first.device}", t.device)
         if name == "lengths":
             if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-                raise _refusal(name, "of integers", t.dtype)
+                raise _refusal(op, name, "of integers", t.dtype)
         elif t.dtype != (dtype := torch.bool if name == "mask" else first.dtype):
-            raise _refusal(name, f"of {dtype}", t.dtype)
+            raise _refusal(op, name, f"of {dtype}", t.dtype)
 
 
-def _refusal(name: str, expected: str, got: object) -> RuntimeError:
-    return RuntimeError(f"fastseq.kernels.attention: expected {name} {expected}, got {got}")
+def _refusal(op: str, name: str, expected: str, got: object) -> RuntimeError:
+    return RuntimeError(f"fastseq.{op}: expected {name} {expected}, got {got}")
 
 
-def densely(names: str, plan: Callable[[tuple], Callable], whole: Sequence[int] = ()) -> Callable:
+def densely(
+    op: str, names: str, plan: Callable[[tuple], Callable], whole: Sequence[int] = ()
+) -> Callable:
     """``plan`` for inputs whose last dimension, or all (those counted in ``whole``), is dense.
 
     Others are copied first: the only stride that kernels take for granted is the last. So are
-    lengths, the last of the inputs, if they are not int64. Inputs, called ``names``, are checked
-    where a plan is made: what is checked is what tells plans apart.
+    lengths, the last of the inputs, if they are neither int64 nor int32. Inputs of ``op``, called
+    ``names``, are checked where a plan is made: what is checked is what tells plans apart.
     """
 
     def dense(inputs: tuple) -> tuple:
@@ -155,10 +185,13 @@ def densely(names: str, plan: Callable[[tuple], Callable], whole: Sequence[int] 
             t.contiguous() if t is not None and (i in whole or t.stride(-1) != 1) else t
             for i, t in enumerate(tensors)
         ]
-        return (*tensors, None if lengths is None else lengths.long().contiguous())
+        if lengths is not None:
+            known = lengths.dtype in (torch.int64, torch.int32)
+            lengths = (lengths if known else lengths.long()).contiguous()
+        return (*tensors, lengths)
 
     def planned(inputs: tuple) -> Callable:
-        check(names.split(), inputs)
+        check(op, names.split(), inputs)
         ready = dense(inputs)
         run = plan(ready)
         if all(map(operator.is_, ready, inputs)):
@@ -181,7 +214,7 @@ def plan_forward(stage: str, kernel, inputs: tuple) -> Callable:
     Returns:
         ``run(inputs, where, scale)``, which returns context [B, Q, C] and weights [B, Q, S].
     """
-    query, keys, values, *more, mask, _ = inputs
+    query, keys, values, *more, mask, lengths = inputs
     B, Q, K = query.shape
     S, C = values.shape[1:]
     device = query.device
@@ -190,13 +223,13 @@ def plan_forward(stage: str, kernel, inputs: tuple) -> Callable:
     if more:
         config["TANH"] = which_tanh()
     programs = B * blocks(Q, config["BLOCK_Q"])
-    least = max(1, _LEAST_SPAN // config["BLOCK_Q"])
-    parts, span = split(device, programs, S, config["BLOCK_S"], config["num_warps"], least)
+    clocks = clocks_of(config["BLOCK_Q"], K + C, query.element_size(), K if more else 0)
+    parts, span = split(device, programs, S, config, clocks)
     score = Launch(
         kernel[fits],
         device,
         programs * parts,
-        (B, Q, S, K, C, parts, span),
+        (B, Q, S, K, C, parts, span, words(lengths)),
         (query, keys, values, None if mask is None else mask.expand(B, Q, S), *more[1:]),
         **config,
     )
@@ -204,7 +237,8 @@ def plan_forward(stage: str, kernel, inputs: tuple) -> Callable:
     if parts > 1:
         fits = C % 16 == 0
         config = options("merge", query, fits) | {"LANES": _MOST_PARTS}
-        merge = Launch(merge_kernel[fits], device, B * Q, (B, Q, S, C, parts), **config)
+        sizes = (B, Q, S, C, parts, words(lengths))
+        merge = Launch(merge_kernel[fits], device, B * Q, sizes, **config)
     exact = query.dtype == torch.float32
 
     def run(inputs: tuple, where: list, scale: float) -> tuple[Tensor, Tensor]:
@@ -241,26 +275,34 @@ def scores_gradient(
 
 
 def _plan_gradient(exact: bool, inputs: tuple) -> Callable:
-    d_context, _, values, weights, _ = inputs
+    d_context, _, values, weights, lengths = inputs
     B, Q, S = weights.shape
     C = values.shape[2]
     fits = aligned(d_context, values)
     config = options("scores_bwd", weights, fits) | products(weights)
-    gradient = Launch(
-        scores_bwd_kernel[fits],
-        weights.device,
-        B * blocks(Q, config["BLOCK_Q"]),
-        (B, Q, S, C),
-        (values,),
-        **config,
-    )
+    programs = B * blocks(Q, config["BLOCK_Q"])
+    clocks = clocks_of(config["BLOCK_Q"], C if d_context is not None else 0, values.element_size())
+    parts, span = split(weights.device, programs, S, config, clocks)
+
+    def launch(parts: int, span: int) -> Launch:
+        return Launch(
+            scores_bwd_kernel[fits],
+            weights.device,
+            programs * parts,
+            (B, Q, S, C, parts, span, words(lengths)),
+            (values,),
+            **config,
+        )
+
+    launches = [launch(parts, span)] + [launch(1, 0)] * (parts > 1)
 
     def run(inputs: tuple, where: list, scale: float) -> Tensor:
         new = inputs[3].new_empty
         # d_p, float32, gives way to the gradient of the scores.
         d_p = new((B, Q, S), dtype=torch.float32)
         d_scores = d_p if exact else new(B, Q, S)
-        gradient(inputs, where, (d_p, d_scores), scale)
+        for gradient in launches:
+            gradient(inputs, where, (d_p, d_scores), scale)
         return d_scores
 
     return run
@@ -268,6 +310,7 @@ def _plan_gradient(exact: bool, inputs: tuple) -> Callable:
 
 _PLAN_GRADIENT, _PLAN_EXACT_GRADIENT = (
     densely(
+        "attention_bwd",
         "d_context d_weights values weights lengths",
         functools.partial(_plan_gradient, exact),
         whole=(0, 1, 3),

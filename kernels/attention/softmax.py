@@ -26,6 +26,13 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def share(e, top, factor):
+    """Weights of the scores e [Q, S] before or after the division, with the queries' maxima and
+    factors [Q]. Where nothing is attended they are zero, also in a row of NaN."""
+    return tl.where(e == float("-inf"), 0.0, tl.exp(e - top[:, None]) * factor[:, None])
+
+
+@triton.jit
 def attend(
     scores,
     values,
@@ -92,7 +99,7 @@ def attend(
         for s in range(start, stop, BLOCK_S):
             o_s = s + i_s
             e = tl.load(p_scores + o_s[None, :], mask=rows & (o_s < stop), other=float("-inf"))
-            p = tl.exp(e - top[:, None]) * factor[:, None]
+            p = share(e, top, factor)
             tile = tl.load(
                 p_values + offset(o_s, stride_vs)[:, None] + o_c[None, :],
                 mask=(o_s < stop)[:, None] & (o_c < C)[None, :],
@@ -120,7 +127,7 @@ def attend(
         for s in range(start, end, BLOCK_S):
             o_s = s + i_s
             e = tl.load(p_scores + o_s[None, :], mask=rows & (o_s < stop), other=float("-inf"))
-            p = tl.exp(e - top[:, None]) * inverse[:, None]
+            p = share(e, top, inverse)
             p_out = weights + (o_q * S)[:, None] + o_s[None, :]
             tl.store(p_out, p.to(weights.dtype.element_ty), mask=rows & (o_s < end))
     else:
@@ -142,6 +149,7 @@ def merge_kernel(
     S: tl.int32,
     C: tl.int32,
     parts: tl.int32,
+    words: tl.int32,
     LANES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -149,7 +157,7 @@ def merge_kernel(
     """One query: the exact softmax over all parts of the source. LANES: no fewer than parts."""
     row = tl.cast(tl.program_id(0), tl.int64)
     rows = tl.cast(B, tl.int64) * Q
-    length = until(lengths, row // Q, S)
+    length = until(lengths, words, row // Q, S)
     lane = tl.arange(0, LANES)
     mine = lane < parts
     o_peak = row * parts + lane
@@ -159,8 +167,8 @@ def merge_kernel(
     top = tl.where(total == 0.0, float("-inf"), top)
     high = tl.max(top, 0)
     high = tl.where(high == float("-inf"), 0.0, high)
-    share = tl.exp(top - high)
-    whole = tl.sum(total * share, 0)
+    scaled = tl.exp(top - high)
+    whole = tl.sum(total * scaled, 0)
     inverse = tl.where(whole == 0.0, 0.0, 1.0 / whole)
     for c in range(0, C, BLOCK_C):
         o_c = c + tl.arange(0, BLOCK_C)
@@ -169,12 +177,12 @@ def merge_kernel(
             mask=mine[:, None] & (o_c < C)[None, :],
             other=0.0,
         )
-        found = tl.sum(tile * share[:, None], 0) * inverse
+        found = tl.sum(tile * scaled[:, None], 0) * inverse
         tl.store(context + row * C + o_c, found.to(context.dtype.element_ty), mask=o_c < C)
     for s in range(0, S, BLOCK_S):
         o_s = s + tl.arange(0, BLOCK_S)
         e = tl.load(scores + row * S + o_s, mask=o_s < length, other=float("-inf"))
-        p = tl.exp(e - high) * inverse
+        p = tl.where(e == float("-inf"), 0.0, tl.exp(e - high) * inverse)
         tl.store(weights + row * S + o_s, p.to(weights.dtype.element_ty), mask=o_s < S)
 
 
@@ -192,6 +200,9 @@ def scores_bwd_kernel(
     Q: tl.int32,
     S: tl.int32,
     C: tl.int32,
+    parts: tl.int32,
+    span: tl.int32,
+    words: tl.int32,
     stride_vb: tl.int64,
     stride_vs: tl.int64,
     BLOCK_Q: tl.constexpr,
@@ -205,11 +216,15 @@ def scores_bwd_kernel(
     d_p: [B, Q, S] float32, scratch; may be d_scores. Everything but values is
     contiguous. Positions from a row's length on are set to zero. The mean is taken off twice: the
     result sums to zero over s, and what a first mean has lost is common to all positions.
+    parts: where it is not 1, a program only writes d_p, over ``span`` positions; a launch of one
+        part and a span of 0 does the rest.
     """
     blocks = tl.cdiv(Q, BLOCK_Q)
-    i_b = tl.program_id(0) // blocks
-    i_q = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    stop = until(lengths, i_b, S)
+    i_part = tl.program_id(0) % parts
+    i_b = tl.program_id(0) // parts // blocks
+    i_q = (tl.program_id(0) // parts) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    start = i_part * span
+    stop = until(lengths, words, i_b, S)
     rows = (i_q < Q)[:, None]
     o_q = offset(offset(i_b, Q) + i_q, 1)
     i_s = tl.arange(0, BLOCK_S)
@@ -217,8 +232,7 @@ def scores_bwd_kernel(
     o_rows = (o_q * S)[:, None]
     columns = tl.where(given(d_context), C, 0)
     weights_stop = tl.where(given(d_weights), stop, 0)
-    mean = tl.zeros([BLOCK_Q], tl.float32)
-    for s in range(0, stop, BLOCK_S):
+    for s in range(start, tl.minimum(start + span, stop), BLOCK_S):
         o_s = s + i_s
         here = rows & (o_s < stop)[None, :]
         found = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
@@ -247,19 +261,22 @@ def scores_bwd_kernel(
         o_here = o_rows + o_s[None, :]
         asked = rows & (o_s < weights_stop)[None, :]
         found += tl.load(d_weights + o_here, mask=asked, other=0.0).to(tl.float32)
-        p = tl.load(weights + o_here, mask=here, other=0.0).to(tl.float32)
-        mean += tl.sum(p * found, 1)
         tl.store(d_p + o_here, found, mask=here)
     tl.debug_barrier()
+    last = tl.where(parts == 1, stop, 0)
+    mean = tl.zeros([BLOCK_Q], tl.float32)
     rest = tl.zeros([BLOCK_Q], tl.float32)
-    for s in range(0, stop, BLOCK_S):
-        o_s = s + i_s
-        here = rows & (o_s < stop)[None, :]
-        found = tl.load(d_p + o_rows + o_s[None, :], mask=here, other=0.0)
-        p = tl.load(weights + o_rows + o_s[None, :], mask=here, other=0.0).to(tl.float32)
-        rest += tl.sum(p * (found - mean[:, None]), 1)
+    for _ in range(0, 2):
+        mean = rest
+        rest = tl.zeros([BLOCK_Q], tl.float32)
+        for s in range(0, last, BLOCK_S):
+            o_s = s + i_s
+            here = rows & (o_s < stop)[None, :]
+            found = tl.load(d_p + o_rows + o_s[None, :], mask=here, other=0.0)
+            p = tl.load(weights + o_rows + o_s[None, :], mask=here, other=0.0).to(tl.float32)
+            rest += tl.sum(p * (found - mean[:, None]), 1)
     tl.debug_barrier()
-    for s in range(0, S, BLOCK_S):
+    for s in range(0, tl.where(parts == 1, S, 0), BLOCK_S):
         o_s = s + i_s
         here = rows & (o_s < stop)[None, :]
         found = tl.load(d_p + o_rows + o_s[None, :], mask=here, other=0.0)

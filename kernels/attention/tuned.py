@@ -64,7 +64,6 @@ OTHERWISE: dict[tuple, dict[str, int]] = {
     ("additive_bwd", False, "unaligned"): dict(BLOCK_S=4),
     ("additive_bwd", True, "unaligned"): dict(BLOCK_S=4),
     ("dot_fwd", False, "unaligned"): dict(BLOCK_S=16),
-    ("dot_fwd", False, "unaligned", True): dict(),
     # As three products of bfloat16, those of 32 positions spill 19 registers on gfx942.
     ("additive_fwd", False, "hip"): dict(RANGE_S=16),
     ("additive_fwd", False, "hip", True): dict(),

@@ -15,6 +15,7 @@ PARTS = [
     "build",
     "doctor",
     "tests",
+    "attention tests",
     "recurrent tests",
     "resources",
     "memcheck",
@@ -124,7 +125,9 @@ def test_kernels_that_are_wrong_do_not(run, bad, failed):
     assert not tables(log) and "the table was left as it is" in log
 
 
-@pytest.mark.parametrize("bad", ["tests/test_gpu.py", "synccheck *test_attention_gpu.py"])
+@pytest.mark.parametrize(
+    "bad", ["tests/test_gpu.py", "tests/nn/test_attention.py", "synccheck *test_attention_gpu.py"]
+)
 def test_decoders_need_the_attention_kernels_too(run, bad):
     assert tables(run(bad=bad)[1]) == ["recurrent_gpu"]
 

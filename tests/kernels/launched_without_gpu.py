@@ -19,6 +19,7 @@ import torch
 import triton
 from fastseq.kernels import _launch, attention
 from fastseq.kernels.attention import launch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.amd.driver import HIPLauncher
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.compiler.compiler import LazyDict
@@ -112,21 +113,86 @@ def dot(arguments, backward=False):
     return (*arguments[:at], *arguments[at + 2 :])
 
 
+class Others(TorchDispatchMode):
+    """Notes what torch would launch besides: here its operators compute."""
+
+    NO_LAUNCH = {
+        "new_empty",
+        "detach",
+        "view",
+        "transpose",
+        "select",
+        "expand",
+        "_unsafe_view",
+        "empty",
+    }
+
+    def __enter__(self):
+        self.found = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in self.NO_LAUNCH:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+# README.md: the shortest source of a single step that goes in two parts, by dtype and K = C.
+SPLIT = {
+    (torch.float32, 512): 256,
+    (torch.bfloat16, 512): 512,
+    (torch.float32, 128): 1024,
+    (torch.bfloat16, 128): 2048,
+}
+
+
+@pytest.mark.parametrize("lengths", [None, torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype,K", SPLIT)
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_a_step_is_one_launch_and_a_long_source_two(score, dtype, K, lengths):
+    """With nothing of torch's besides, whichever lengths and masks there are."""
+    forward, long = attention.kernel(f"{score}_fwd"), SPLIT[dtype, K]
+    for S, expected in ((40, 1), (long - 1, 1), (long, 2), (4000, 2)):
+        for mask in (None, torch.ones(8, 1, S, dtype=torch.bool)):
+            *given, kind, scale = step(8, S=S, K=K, C=K, dtype=dtype, mask=mask)
+            given = (*given, None if lengths is None else kind.to(lengths), scale)
+            given = dot(given) if score == "dot" else given
+            for _ in range(2):
+                with Others() as others:
+                    assert launches(lambda a=given: forward(*a)) == expected, S
+                assert not others.found
+
+
+def test_many_rows_are_not_split():
+    """Where they keep the multiprocessors at work, however long the source is."""
+    forward = attention.kernel("additive_fwd")
+    for B, expected in ((264, 2), (265, 1)):
+        given = step(B, S=1200, K=64, C=1024)
+        assert launches(lambda a=given: forward(*a)) == expected
+
+
+@pytest.mark.parametrize("lengths", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("score", ["additive", "dot"])
-def test_a_step_is_one_launch_and_a_long_source_two(score, dtype):
-    """Backward the scores' gradient is one, and the additive score's another; the rest is torch's
-    products, which here compute."""
-    forward, backward = (attention.kernel(f"{score}_{stage}") for stage in ("fwd", "bwd"))
-    for S, expected in ((40, 1), (200, 1), (4000, 2)):
-        for mask in (None, torch.ones(8, 1, S, dtype=torch.bool)):
-            given = step(8, S=S, K=32, C=32, dtype=dtype, mask=mask)
-            one, other = (given, cotangents(*given))
+def test_what_a_backward_pass_launches(score, dtype, lengths):
+    """As README.md lists it: kernels of ours, and torch's operators."""
+    backward = attention.kernel(f"{score}_bwd")
+    for S, Q in ((40, 1), (40, 40), (4000, 1)):
+        *given, kind, scale = step(8, Q, S=S, dtype=dtype)
+        given = (*cotangents(*given, kind.to(lengths), scale)[:-1], True)
+        given = dot(given, backward=True) if score == "dot" else given
+        long = S > 1000
+        for _ in range(2):
+            with Others() as others:
+                ours = launches(lambda a=given: backward(*a))
+            assert ours == (1 if score == "dot" else 2) + long, (S, Q)
             if score == "dot":
-                one, other = dot(one), dot(other, backward=True)
-            assert [launches(lambda a=one: forward(*a)) for _ in range(3)] == [expected] * 3
-            most = 2 if score == "additive" else 1
-            assert [launches(lambda a=other: backward(*a)) for _ in range(3)] == [most] * 3
+                assert others.found == ["bmm"] * 3
+            else:
+                sums = ["sum"] * (2 if long or Q > 1 else 1)
+                casts = ["_to_copy"] * (0 if dtype == torch.float32 else 2)
+                assert others.found == ["bmm", *sums, *casts], (S, Q)
 
 
 def recorded(call, monkeypatch):

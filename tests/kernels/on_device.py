@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def _have_instructions():
 
 
 if INTERPRETED:
-    assert _lang.INTERPRET
+    assert _lang.INTERPRET and "fastseq.ops.attention" not in sys.modules
     _patch_once_a_launch()
     _have_instructions()
     attention.why_not_available = lambda: None
@@ -115,7 +116,7 @@ def processors(request, monkeypatch):
     left to plain PyTorch."""
     name, _ = launch._device(-1 if INTERPRETED else 0)
     monkeypatch.setattr(launch, "_device", lambda index: (name, request.param))
-    monkeypatch.setattr(launch, "_LEAST_SPAN", 1)
+    monkeypatch.setattr(launch, "_LEAST_CLOCKS", 1)
     if INTERPRETED and request.param:
         monkeypatch.setattr(_lang, "BACKEND", "cuda")
     ask, answers = attention.obstacle, []

@@ -23,12 +23,44 @@ from fastseq.kernels.attention.tuned import OTHERWISE, TUNED, Tuned, tiles  # no
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("parts", ["whole", "parts"])
-def test_numbers_by_the_interpreter(parts):
+OWN = ["kernels/interpreted_attention.py", "kernels/test_attention_gpu.py"]
+# The tests of every kernel of attention, those of each thing there is to it that are quick.
+SHARED = {
+    "test_functional_attention.py": [
+        "nowhere",
+        "strides and additive",
+        "strides and dot",
+        "some_inputs",
+        "one_output and f32",
+        "every_mask_and_dtype and True-query and (location or general)",
+        "same_bits_twice",
+        "beyond_the_range",
+        "memory",
+        "share_no_memory",
+        "autocast",
+        "compiles_whole and dot",
+        "exports",
+        "does_not_fit",
+    ],
+    "ops/test_attention.py": ["opcheck and True-True-torch.float32", "meta", "itself"],
+    "ops/test_attention_kernels.py": ["beyond_a_length", "numbers", "small_terms", "refuses"],
+    "nn/test_attention.py": ["every_parameter", "projected_once", "inside_the_tanh"],
+}
+
+
+@pytest.mark.parametrize("which", ["whole", "parts", "shared"])
+def test_numbers_by_the_interpreter(which):
+    files, chosen = OWN, which
+    if which == "shared":
+        files = SHARED
+        chosen = " or ".join(
+            f"({Path(file).name} and ({' or '.join(f'({one})' for one in names)}))"
+            for file, names in SHARED.items()
+        )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        + [str(HERE / name) for name in ("test_attention_gpu.py", "interpreted_attention.py")]
-        + ["-k", parts],
+        + [str(HERE.parent / name) for name in files]
+        + ["-k", chosen],
         # Without native kernels, whose place on CPU tensors the interpreted ones take.
         env=os.environ | {"TRITON_INTERPRET": "1", "FASTSEQ_NATIVE": "0"},
         cwd=HERE.parent.parent,

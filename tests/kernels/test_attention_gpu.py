@@ -1,7 +1,9 @@
 """The Triton attention kernels against float64, on a GPU or by Triton's interpreter.
 
 What is checked is the same in both places: with a GPU these tests run as they are, without one
-test_attention.py runs them under TRITON_INTERPRET=1, with fewer sizes. See on_device.py.
+test_attention.py runs them under TRITON_INTERPRET=1, with fewer sizes. See on_device.py. Here is
+what is special to these kernels, and their sizes; what every kernel of attention has to do is in
+test_functional_attention.py, ops/ and nn/, which run on a GPU too.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from fastseq.kernels import _lang, attention  # noqa: E402
 
-# First: what runs on CPU tensors is settled when the operators are registered.
 from tests.kernels.on_device import (  # noqa: E402
     DEVICE,
     INTERPRETED,
@@ -40,7 +41,6 @@ from fastseq.testing import (  # noqa: E402
     assert_matches,
     edge_sizes,
     run_with_grads,
-    with_layout,
 )
 from fastseq.testing_attention import SCORES, attention_case  # noqa: E402
 
@@ -152,27 +152,6 @@ def test_scores_gradients_in_half_are_rounded_once(score, dtype, size):
         assert (error <= most).all(), (name, float((error / most).max()))
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "sliced", "offset", "expanded"])
-@BOTH
-def test_layouts(score, layout):
-    case = drawn(score, 3, 4, 6, 8, extra=True, mask="query", lengths=True)
-    case = case.map(lambda t: with_layout(t, layout))
-    case.where["mask"] = case.where["mask"].mT.contiguous().mT
-    kind = torch.int32 if layout == "sliced" else torch.int64
-    case.where["lengths"] = case.where["lengths"].to(kind).repeat_interleave(2)[::2]
-    case.cotangents[:] = [with_layout(c, layout) for c in case.cotangents]
-    check(case)
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_nowhere_to_look(score):
-    for where in ({"lengths": True}, {"mask": "source"}):
-        case = drawn(score, 1, 2, 40, 4, **where)
-        found = run_with_grads(case.functional(functional), case.inputs, case.cotangents)
-        for name, tensor in found.items():
-            assert not tensor.any() and tensor.isfinite().all(), f"{case} {name}"
-
-
 @ONCE
 def test_a_part_that_sees_nothing_has_no_say():
     """Its maximum is no maximum: here all scores are some -300, and exp of them is 0."""
@@ -180,21 +159,6 @@ def test_a_part_that_sees_nothing_has_no_say():
     case.inputs["query"] = case.inputs["query"].abs() + 6.0
     case.inputs["keys"] = -case.inputs["keys"].abs() - 6.0
     check(case)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@BOTH
-def test_one_cotangent_alone(score, dtype):
-    case = drawn(score, 3, 3, 20, 8, lengths=True, dtype=DTYPES[dtype])
-    for kept in (0, 1):
-
-        def one(module, kept=kept):
-            return lambda *tensors: case.functional(module)(*tensors)[kept]
-
-        wrt = [name for name in case.inputs if kept == 0 or name != "values"]
-        assert_matches(
-            one(functional), one(scores), one(scores), case.inputs, [case.cotangents[kept]], wrt=wrt
-        )
 
 
 class Softmax(torch.autograd.Function):
@@ -362,7 +326,7 @@ def test_arguments_that_do_not_go_together_are_refused(score, stage):
             pytest.fail(f"{name}: {kind}")
     if stage == "fwd":
         for mask in (given["mask"].long(), given["mask"][:, :2], given["mask"][0]):
-            with pytest.raises(RuntimeError, match="fastseq.kernels.attention: expected mask"):
+            with pytest.raises(RuntimeError, match=f"fastseq.{score}_attention_fwd: expected mask"):
                 kernel(*(given | {"mask": mask}).values(), *rest)
 
 
@@ -470,29 +434,6 @@ def test_graph_capture_of_a_decoding_step(score, S):
             replay()
             expected = case.functional(functional)(*case.inputs.values())
             assert all(map(torch.equal, outputs, expected))
-
-
-@ONCE
-@pytest.mark.parametrize("where", WHERE[::3], ids=lambda where: "+".join(where) or "everywhere")
-@BOTH
-def test_opcheck(score, where):
-    case = drawn(score, 2, 2, 5, 8, 6, extra=True, **where)
-    tensors = list(case.inputs.values())
-    mask, lengths = case.where.get("mask"), case.where.get("lengths")
-    mask = None if mask is None else mask.unsqueeze(1)
-    forward, backward = (
-        getattr(torch.ops.fastseq, f"{score}_attention_{stage}").default for stage in ("fwd", "bwd")
-    )
-    leaves = [t.clone().requires_grad_() for t in tensors]
-    torch.library.opcheck(forward, (*leaves, mask, lengths, 0.7))
-    _, weights = forward(*tensors, mask, lengths, 0.7)
-    context_alone, weights_alone = (case.cotangents[0], None), (None, case.cotangents[1])
-    for cotangents in (case.cotangents, context_alone, weights_alone):
-        for needs in ((True, True), (True, False), (False, True)):
-            given = (*cotangents, *tensors, lengths, weights, 0.7, *needs)
-            tests = ["test_schema", "test_faketensor"]
-            torch.library.opcheck(backward, given, test_utils=tests)
-    torch.library.opcheck(backward, given)
 
 
 # What results may be off by, relative, in the Frobenius norm: those of the kernels, and gradients

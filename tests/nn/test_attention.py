@@ -13,6 +13,7 @@ from fastseq.reference import attention as seed
 from fastseq.testing import assert_close_to_reference, assert_matches
 from fastseq.testing_attention import attention_case
 
+pytestmark = pytest.mark.usefixtures("device")
 B, Q, S, H, E, K = 3, 4, 6, 5, 7, 8
 MODULES = {
     "additive": lambda: nn.AdditiveAttention(H, E, K),

@@ -10,6 +10,7 @@ from fastseq.reference import scores
 from fastseq.testing import assert_matches
 from fastseq.testing_attention import attention_case
 
+pytestmark = pytest.mark.usefixtures("device")
 OPS = torch.ops.fastseq
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
