@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from fastseq.kernels import why_not_available
@@ -12,7 +15,7 @@ from fastseq import _native, functional, nn
 from fastseq.functional.decoder import picks_obstacle
 from fastseq.ops import measured_cuda, recurrent_cuda
 from fastseq.ops import recurrent as op
-from tests.cuda.table import plant, row, said
+from tests.cuda.table import H200, plant, row, said
 
 if not _native.loaded() or not _native.cuda_built():
     pytest.skip("the library is built without nvcc", allow_module_level=True)
@@ -64,6 +67,30 @@ def test_rows_too_wide_to_be_normalised_are_the_reference_s(a_gpu, monkeypatch):
     found = said(nn.LayerNormLSTM, 5, 3, 8, H=5786)
     assert found.backend == "torch" and "rows of 5786 units" in found.reason
     assert said(nn.LayerNormLSTM, 5, 3, 8, H=2900, dtype=torch.float64).backend == "torch"
+
+
+README = Path(__file__).parents[2] / "csrc" / "cuda" / "README.md"
+SIZES = re.findall(r"^\| [\w, ]+: (\d+), (\d+) \| (\w+) \| ([\d |]+) \|$", README.read_text(), re.M)
+
+
+@pytest.mark.parametrize("processors, kibibytes, name, sizes", SIZES)
+def test_the_largest_sizes_are_those_of_the_plans(processors, kibibytes, name, sizes):
+    """As csrc/cuda/README.md says them."""
+    way = op_way(name)
+
+    def fits(cell, bytes, H):
+        given = op.CELLS[cell].number, bytes, way, H, 64, 1
+        device = int(processors), int(kibibytes) * 1024
+        return all(_native.cuda_way(*given, backward, *device) == way for backward in (0, 1))
+
+    kinds = [(cell, bytes) for bytes in (4, 2) for cell in ("lstm", "gru", "rnn_tanh")]
+    for (cell, bytes), largest in zip(kinds, map(int, sizes.split("|")), strict=True):
+        assert not fits(cell, bytes, largest + 1), (cell, bytes, largest)
+        assert all(fits(cell, bytes, H) for H in (*range(1, largest, 7), largest)), (cell, largest)
+
+
+def test_the_table_of_sizes_is_read():
+    assert len(SIZES) == 6 and H200 == (132, 227 * 1024)
 
 
 def test_explain_says_what_runs_should_the_device_refuse_a_grid(a_gpu, exact, monkeypatch):
