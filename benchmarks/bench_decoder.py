@@ -3,10 +3,10 @@
 python -m benchmarks.bench_decoder [--device cuda] [--rows 1,2] [--quick] [--output FOLDER]
                                    [--table FILE]
 
-All target tokens are given; on a GPU also none but the first, the others being the likeliest. There
-fastseq's side runs inside use_backend("cuda"), and the reference is timed a second time as one CUDA
-graph of the same call. --table writes what fastseq chooses by on a GPU
-(fastseq/ops/measured_cuda.py).
+All target tokens are given; on a GPU also none but the first, the others being the likeliest, and
+once everything is bfloat16. There fastseq's side runs inside use_backend("cuda"), and the reference
+is timed a second time as one CUDA graph of the same call. --table writes what fastseq chooses by on
+a GPU (fastseq/ops/measured_cuda.py).
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ from fastseq.testing import assert_matches
 from fastseq.testing_decoder import DecoderCase, decoder_case
 
 COLUMNS = (
-    "cell order tokens B T S E H K C mode status fastseq_ms eager_ms captured_ms over_eager "
+    "cell order tokens dtype B T S E H K C mode status fastseq_ms eager_ms captured_ms over_eager "
     "over_captured"
 ).split()
 ORDERS = {"before": {}, "feeding": {"after": True, "feeds": True}}
 KINDS = {
-    "cpu": [("lstm", "before", "given"), ("lstm", "feeding", "given")],
+    "cpu": [("lstm", "before", "given", "f32"), ("lstm", "feeding", "given", "f32")],
     "cuda": [
-        ("lstm", "before", "given"),
-        ("gru", "before", "given"),
-        ("lstm", "feeding", "given"),
-        ("lstm", "before", "chosen"),
-        ("gru", "before", "chosen"),
+        ("lstm", "before", "given", "f32"),
+        ("gru", "before", "given", "f32"),
+        ("lstm", "feeding", "given", "f32"),
+        ("lstm", "before", "chosen", "f32"),
+        ("gru", "before", "chosen", "f32"),
+        ("lstm", "before", "given", "bf16"),
     ],
 }
+KIND = ("cell", "order", "tokens", "dtype")
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {
     "cpu": [(64, 5, 5, 16, 32, 32, 64), (32, 30, 30, 256, 256, 256, 512)],
     "cuda": [
@@ -58,12 +61,12 @@ VOCABULARY = 8000
 
 
 def build(
-    size: tuple[int, ...], kind: tuple[str, str, str], device: str, steps: int | None = None
+    size: tuple[int, ...], kind: tuple[str, ...], device: str, steps: int | None = None
 ) -> DecoderCase:
     B, T, S, E, H, K, C = size
-    cell, order, tokens = kind
+    cell, order, tokens, dtype = kind
     T = steps or T
-    more = dict(ORDERS[order])
+    more = ORDERS[order] | dict(dtype=DTYPES[dtype])
     if tokens == "chosen":
         more |= dict(V=VOCABULARY, forced=(True, *[False] * (T - 1)))
     case = decoder_case(cell, T, B, S, E, H, K, C, A=H, masked=True, **more)
@@ -136,13 +139,13 @@ def rows(size: tuple[int, ...], device: str, quick: bool) -> Iterator[Row]:
                 said[f"over_{name}"] = f"{times[name] / times['fastseq']:.2f}"
             return said
 
-        about = dict(zip(("cell", "order", "tokens"), kind, strict=True))
+        about = dict(zip(KIND, kind, strict=True))
         yield Row(about | dict(zip("BTSEHKC", size, strict=True), mode=mode), measure)
 
 
 def entry(record: dict[str, object]) -> dict[str, object]:
     """A row as fastseq/ops/measured_cuda.py reads it."""
-    known = {name: record[name] for name in ("cell", "order", "tokens", "mode")}
+    known = {name: record[name] for name in (*KIND, "mode")}
     about = measured_cuda.DecoderKind(**known)._asdict()
     about |= {letter: record[letter] for letter in "BTSEHKC"}
     if record["status"] != "ok":
