@@ -52,6 +52,7 @@ SIZES = {
         (64, 40, 40, 256, 512, 512, 1024),
         (32, 30, 30, 256, 256, 256, 512),
         (128, 25, 25, 256, 512, 512, 1024),
+        (1, 40, 40, 256, 512, 512, 1024),
     ],
 }
 # Steps of what is checked: the reference takes a score of launches a step.

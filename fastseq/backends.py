@@ -302,21 +302,29 @@ def decoder_obstacle(
         RuntimeError: it can't, and use_backend("cpu") or ("cuda") is in force.
     """
     obstacle = recurrent_obstacle(kind.cell, values, params)
-    return obstacle or _slower_decoder(values, kind)
+    return obstacle or _slower_decoder(values, params, kind)
 
 
-def _slower_decoder(values: Tensor, kind: measured_cuda.DecoderKind) -> str | None:
-    if not values.is_cuda or torch.compiler.is_compiling() or _forced.get() == "cuda":
+def _slower_decoder(
+    values: Tensor, params: Sequence[Tensor], kind: measured_cuda.DecoderKind
+) -> str | None:
+    compiling = torch.compiler.is_compiling()
+    if not values.is_cuda or not compiling and _forced.get() == "cuda":
         return None
     obstacle = _unproved(kind.cell, values, "decoder")
     if obstacle is not None:
         return obstacle
     _, dtype = measured_cuda.dtypes(gpu_dtype(values))
     kind = kind._replace(dtype=dtype, mode="train" if torch.is_grad_enabled() else "inf")
-    name, plain = measured_cuda.device_name(values.device.index), _attention.plain_because(values)
-    reason = measured_cuda.decoders_reason(name, kind)
-    if reason is None and plain is not None:
-        return f"the kernels' loop was measured with Triton's attention alone: {plain}"
+    # (w_hh [G*H, H], or the hidden state, where that is all there is.)
+    sizes = (params[min(1, len(params) - 1)].shape[-1],)
+    # (Who asks without an input has a weight in its place.)
+    if not compiling and values.dim() == 3:
+        sizes += values.shape[:2]
+    reason = measured_cuda.decoders_reason(values.device.index, tuple(kind), *sizes)
+    if reason is None and not compiling:
+        reason = _attention.plain_because(values)
+        reason = reason and f"the kernels' loop was measured with Triton's attention: {reason}"
     return reason
 
 
@@ -452,7 +460,7 @@ def decoder_explanation(
         return Explanation(op, "torch", reason)
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
     obstacle = obstacle or _recurrent_obstacle(kind.cell, values, params, False)
-    obstacle = obstacle or _slower_decoder(values, kind)
+    obstacle = obstacle or _slower_decoder(values, params, kind)
     if obstacle is not None:
         return Explanation(op, "torch", f"{obstacle}; a step at a time")
     if not values.is_cuda:

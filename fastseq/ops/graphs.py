@@ -31,12 +31,17 @@ def capture(function: Callable, inputs: Sequence) -> tuple[Callable[[], None], l
     stream = _capture_stream(torch.cuda.current_device())
     # The outer stream is there to come back to: a capture that fails leaves its own in place.
     with (
+        _one_at_a_time,
         _workspaces_of_its_own(),
         torch.cuda.stream(torch.cuda.current_stream()),
         torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
     ):
         outputs = function(*inputs)
     return graph.replay, outputs
+
+
+# Backward passes are captured by threads of torch's own.
+_one_at_a_time = threading.Lock()
 
 
 @contextlib.contextmanager

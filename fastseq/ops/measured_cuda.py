@@ -173,8 +173,8 @@ def cudnn_algorithm(kind: Kind, size: Size) -> tuple[str, ...]:
     return tuple(found)
 
 
-# By what factor a call's rows and units may differ from those of a row, and its steps fall short.
-_LIKE = {"B": 4, "H": 2}
+# By what factor a call's rows, units and source may differ from a row's, and its steps fall short.
+_LIKE = {"B": 4, "H": 2, "S": 4}
 _SHORTER = 4
 
 
@@ -195,11 +195,11 @@ def _distance(row: dict, letter: str, size: int) -> float:
     return abs(math.log2(max(size, 0.5) / row[letter]))
 
 
-def _timed(device: str, kind: Kind, **sizes: int) -> list[dict]:
+def _timed(device: str, part: str, kind: NamedTuple, **sizes: int) -> list[dict]:
     """Rows of a kind with such sizes, as far as they are given, that have times."""
     return [
         row
-        for row in _rows(device, "recurrent")
+        for row in _rows(device, part)
         if "torch" in row
         and _is_of(row, kind)
         and all(_distance(row, x, size) <= math.log2(_LIKE[x]) for x, size in sizes.items())
@@ -210,7 +210,7 @@ def _look(device: str, kind: Kind, size: Size) -> _Found | None:
     algorithm = cudnn_algorithm(kind, size)
     like = (
         row
-        for row in _timed(device, kind, B=size.B, H=size.H)
+        for row in _timed(device, "recurrent", kind, B=size.B, H=size.H)
         if size.T * _SHORTER >= row["T"]
         and cudnn_algorithm(kind, Size(*(row[letter] for letter in Size._fields))) == algorithm
     )
@@ -258,21 +258,36 @@ def never_slower(device: str, kind: Kind, torchs_dtype: str, H: int) -> bool:
 
 
 def _never_slower(device: str, kind: Kind, torchs_dtype: str, H: int) -> bool:
-    sizes = [Size(*(row[letter] for letter in Size._fields)) for row in _timed(device, kind, H=H)]
+    sizes = [
+        Size(*(row[letter] for letter in Size._fields))
+        for row in _timed(device, "recurrent", kind, H=H)
+    ]
     reasons = [torchs_reason(device, kind, torchs_dtype, size) for size in sizes]
     return bool(reasons) and not any(reasons)
 
 
-def decoders_reason(device: str, kind: DecoderKind) -> str | None:
-    """Why a decoder is left to torch; None where ours took less at every size measured, or as
-    much."""
-    return _remembered(_slowest_decoder, device, kind)
+def decoders_reason(
+    index: int, kind: tuple[str, ...], H: int, B: int | None = None, S: int | None = None
+) -> str | None:
+    """Why a decoder is left to torch; None where ours took less, or as much, at every size measured
+    that is like its own, and there is one.
+
+    Args:
+        index: of the device.
+        kind: the fields of a :class:`DecoderKind`.
+        H, B, S: the decoder's; None where a compiled graph does not know them.
+    """
+    return _remembered(_slowest_decoder, device_name(index), DecoderKind(*kind), H, B, S)
 
 
-def _slowest_decoder(device: str, kind: DecoderKind) -> str | None:
-    rows = [row for row in _rows(device, "decoder") if "torch" in row and _is_of(row, kind)]
+decoders_reason._dynamo_marked_constant = True
+
+
+def _slowest_decoder(device: str, kind: DecoderKind, *sizes: int | None) -> str | None:
+    known = {x: size for x, size in zip("HBS", sizes, strict=True) if size is not None}
+    rows = _timed(device, "decoder", kind, **known)
     if not rows:
-        return f"no decoder of such a kind was measured on {device}"
+        return f"no decoder of such a kind and size was measured on {device}"
     for row in rows:
         theirs = min(row["torch"].values())
         if row["ours"] > theirs:

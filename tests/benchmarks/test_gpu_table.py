@@ -301,17 +301,20 @@ def test_decoders_come_into_the_table_by_their_kind(host, tmp_path, monkeypatch)
     status, rows, table = decoder(tmp_path, monkeypatch)
     assert status == 0 and {row["status"] for row in rows} == {"ok"}
     monkeypatch.setattr(measured_cuda, "TABLE", table)
+    monkeypatch.setattr(measured_cuda, "device_name", lambda index: "a GPU")
+    sizes = (6, 2, 4)
     for cell, order, tokens, dtype in bench_decoder.KINDS["cuda"]:
         for mode in ("train", "inf"):
             kind = DecoderKind(cell, order, tokens=tokens, dtype=dtype, mode=mode)
             # Here fastseq's side is the first of three.
-            reason = measured_cuda.decoders_reason("a GPU", kind)
+            reason = measured_cuda.decoders_reason(0, kind, *sizes)
             assert "measured faster at B 2, T 7, S 4, H 6: 1 ms" in reason
-            assert "no decoder" in measured_cuda.decoders_reason("a GPU", kind._replace(layers=2))
+            two = kind._replace(layers=2)
+            assert "no decoder" in measured_cuda.decoders_reason(0, two, *sizes)
     for row in table["a GPU"]["decoder"]:
         row["ours"] = 0.5
     monkeypatch.setattr(measured_cuda, "TABLE", dict(table))
-    assert measured_cuda.decoders_reason("a GPU", DecoderKind("gru", mode="train")) is None
+    assert measured_cuda.decoders_reason(0, DecoderKind("gru", mode="train"), *sizes) is None
 
 
 def test_wrong_decoders_stay_in_as_wrong(host, tmp_path, monkeypatch):
@@ -337,7 +340,7 @@ def test_a_decoder_that_torch_could_not_run_is_unmeasured(host, tmp_path, monkey
     monkeypatch.setattr(measured_cuda, "TABLE", table)
     monkeypatch.setattr(measured_cuda, "device_name", lambda index: "a GPU")
     assert measured_cuda.unproved(0, "gru", "f32", "decoder") is None
-    assert "no decoder" in measured_cuda.decoders_reason("a GPU", DecoderKind("gru"))
+    assert "no decoder" in measured_cuda.decoders_reason(0, DecoderKind("gru"), 6)
 
 
 def test_the_table_is_a_gpus(tmp_path):

@@ -299,16 +299,16 @@ def test_a_compiled_graph_asks_for_the_device_too(a_gpu, monkeypatch):
 
 def decoder_row(**changed):
     kind = measured_cuda.DecoderKind("gru")._asdict()
-    sizes = dict(B=64, T=40, S=40, E=8, H=512, K=512, C=1024)
+    sizes = dict(B=8, T=40, S=10, E=8, H=16, K=16, C=16)
     return kind | sizes | dict(torch={"eager": 3.0, "captured": 2.0}, ours=1.0) | changed
 
 
-def explain_decoder(**options):
+def explain_decoder(B=3, S=7, H=16, **options):
     kind = options.pop("kind", "gru")
-    cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[kind](8, 16, device="cuda")
-    keys = torch.empty(3, 7, 16, device="cuda")
-    h = [torch.empty(options.pop("layers", 1), 3, 16, device="cuda")] * (1 + (kind == "lstm"))
-    given = (torch.empty(3, 5, 8, device="cuda"), h, keys, keys, list(cell.parameters()))
+    cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[kind](8, H, device="cuda")
+    keys = torch.empty(B, S, 16, device="cuda")
+    h = [torch.empty(options.pop("layers", 1), B, H, device="cuda")] * (1 + (kind == "lstm"))
+    given = (torch.empty(B, 5, 8, device="cuda"), h, keys, keys, list(cell.parameters()))
     v = torch.empty(16, device="cuda")
     return fastseq.explain(functional.attention_decoder, *given, cell=kind, **{"v": v} | options)
 
@@ -324,14 +324,14 @@ def test_a_single_step_stays_torchs(a_gpu, monkeypatch):
 def test_a_decoder_is_chosen_by_rows_of_decoders(a_gpu, monkeypatch):
     plant(monkeypatch, row(cell="gru"))
     found = explain_decoder()
-    assert found.backend == "torch" and "no decoder of such a kind was measured" in found.reason
+    assert found.backend == "torch" and "no decoder of such a kind and size" in found.reason
     with fastseq.use_backend("cuda"):
         assert explain_decoder().backend == "cuda"
     plant(monkeypatch, decoder=[decoder_row()])
     # Without Triton the loop is another, which nobody measured; whoever wants it has it.
     found = explain_decoder()
     assert found.backend == "torch"
-    assert f"Triton's attention alone: {why_not_available()}" in found.reason
+    assert f"Triton's attention: {why_not_available()}" in found.reason
     with fastseq.use_backend("cuda"):
         found = explain_decoder()
     assert found.backend == "cuda" and "one CUDA graph" in found.reason
@@ -342,6 +342,7 @@ def test_a_decoder_is_chosen_by_rows_of_decoders(a_gpu, monkeypatch):
     for others in (
         dict(kind="lstm"), dict(combine=combine), dict(combine=combine, input_feeding=True),
         dict(v=None), dict(forced=(True, False)), dict(layers=2),
+        dict(B=1), dict(B=33), dict(S=2), dict(S=41), dict(H=7), dict(H=33),
     ):  # fmt: skip
         assert explain_decoder(**others).backend == "torch", others
     with torch.no_grad():
@@ -354,16 +355,36 @@ def test_a_decoder_is_chosen_by_rows_of_decoders(a_gpu, monkeypatch):
 
 def test_a_decoder_is_torchs_where_it_took_longer_once_or_was_wrong(a_gpu, monkeypatch):
     monkeypatch.setattr(fastseq.backends._attention, "plain_because", lambda *given: None)
-    slower = decoder_row(H=256, torch={"eager": 3.0, "captured": 0.5})
+    slower = decoder_row(H=12, torch={"eager": 3.0, "captured": 0.5})
     plant(monkeypatch, decoder=[decoder_row(), slower])
     found = explain_decoder()
     assert found.backend == "torch"
-    assert "torch was measured faster at B 64, T 40, S 40, H 256: 0.5 ms" in found.reason
+    assert "torch was measured faster at B 8, T 40, S 10, H 12: 0.5 ms" in found.reason
+    # Beyond what that size is like.
+    assert explain_decoder(H=25).backend == "cuda"
     wrong = {
         n: v for n, v in decoder_row(mode="inf", wrong="y").items() if n not in ("torch", "ours")
     }
     plant(monkeypatch, decoder=[decoder_row(), wrong])
     assert "wrong when it was measured" in explain_decoder().reason
+
+
+def test_a_compiled_decoder_asks_by_its_units_alone(a_gpu, monkeypatch):
+    """Of all numbers of rows and lengths of sources; what else is known are constants."""
+    asked = torch.compile(
+        lambda t, kind, H: t + 1 if measured_cuda.decoders_reason(0, kind, H) else t - 1,
+        backend="eager",
+        fullgraph=True,
+    )
+    kind = tuple(measured_cuda.DecoderKind("gru"))
+    for rows, H, torchs in (
+        ([decoder_row()], 16, False), ([decoder_row()], 64, True),
+        ([decoder_row(), decoder_row(B=99, ours=9.0)], 16, True),
+    ):  # fmt: skip
+        plant(monkeypatch, decoder=rows)
+        torch._dynamo.reset()
+        with unset_fake_temporarily():
+            assert asked(torch.zeros(()), kind, H) == (1 if torchs else -1)
 
 
 def test_decoders_that_choose_their_tokens_ask_the_same(a_gpu, monkeypatch):

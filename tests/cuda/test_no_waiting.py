@@ -7,6 +7,8 @@ and so does, here, a copy out of memory that is not pinned.
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 
 import pytest
 import torch
@@ -204,6 +206,36 @@ def test_numbers_arrive_in_a_capture(monkeypatch, n, most):
     numbers[-1:] = most
     found = recurrent_cuda.send(numbers.as_subclass(Elsewhere), torch.device("cpu"))
     assert torch.equal(found, numbers) and found.dtype == torch.int64 and found.is_contiguous()
+
+
+def test_captures_follow_each_other(monkeypatch):
+    """They are on one stream, and torch runs backward passes on threads of its own."""
+    begun, at_once = [], []
+
+    @contextlib.contextmanager
+    def capture(graph, **options):
+        begun.append(1)
+        at_once.append(len(begun))
+        time.sleep(0.02)
+        yield
+        begun.pop()
+
+    for name, value in {
+        "CUDAGraph": type("Graph", (), {"replay": None}),
+        "graph": capture,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda: None,
+        "current_device": lambda: 0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(graphs, "_capture_stream", lambda device: None)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    threads = [threading.Thread(target=graphs.capture, args=(list, ())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert at_once == [1] * 4
 
 
 def test_a_capture_has_a_stream_of_its_device_and_memory_of_its_own(monkeypatch):
