@@ -70,8 +70,7 @@ struct Linear {
     g.a = dy, g.a_m = 1, g.a_k = out;
     g.b = x, g.ldb = in;
     g.c = dw, g.ldc = w_row;
-    // Sums over many rows lose digits: as short as their sums are many.
-    g.chain = rows <= 1024 ? 32 : rows <= 2048 ? 64 : 0;
+    g.chain = chain_over(rows);
     kernels().basic.of<T>()->gemm(g, threads);
     if (!db) return;
     share(out, out * rows, threads, [&](int64_t n0, int64_t n1) { sums(dy, n0, n1, db); });

@@ -314,6 +314,6 @@ def _nearby(
         return (t.detach().double() * (1 + noise.to(t.device))).to(dtype or t.dtype)
 
     if dtype is not None:
-        yield {name: shaken(t, 0.0) for name, t in inputs.items()}
+        yield {name: shaken(t, 0.0003) for name, t in inputs.items()}
     for _ in range(count):
-        yield {name: shaken(t, 0.01) for name, t in inputs.items()}
+        yield {name: shaken(t, 0.0003) for name, t in inputs.items()}

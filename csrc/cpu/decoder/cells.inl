@@ -32,14 +32,17 @@ struct CellForwardRow {
         z[g] = x + b + y;
       }
     }
-    if constexpr (Cell::kReadsH)
+    if constexpr (Cell::kReadsH) {
       load_each(h, lanes, [&](int j) { return at.of(at.row(j).h_prev, j); });
-    if constexpr (Cell::kStates == 2)
+    }
+    if constexpr (Cell::kStates == 2) {
       load_each(c, lanes, [&](int j) { return at.of(at.row(j).c_prev, j); });
+    }
     h = Cell::forward(z, h, c, static_cast<const V*>(nullptr), static_cast<const V*>(nullptr),
                       saved);
-    if constexpr (Cell::kStates == 2)
+    if constexpr (Cell::kStates == 2) {
       store_each(c, lanes, [&](int j) { return at.of(at.row(j).c, j); });
+    }
     store_each(h, lanes, [&](int j) { return at.of(at.row(j).h, j); });
     if (at.first->saved) {
 #pragma GCC unroll 8
@@ -72,8 +75,9 @@ struct CellBackwardRow {
       load_each(saved[i], lanes, [&](int j) { return at.of(at.row(j).saved + i * H, j); });
     }
     load_each(dh, lanes, [&](int j) { return at.of(at.row(j).dh, j); });
-    if constexpr (Cell::kReadsH)
+    if constexpr (Cell::kReadsH) {
       load_each(h_prev, lanes, [&](int j) { return at.of(at.row(j).h_prev, j); });
+    }
     if constexpr (Cell::kStates == 2) {
       load_each(c_prev, lanes, [&](int j) { return at.of(at.row(j).c_prev, j); });
       load_each(dc, lanes, [&](int j) { return at.of(at.row(j).dc, j); });
@@ -81,8 +85,9 @@ struct CellBackwardRow {
     Cell::backward(saved, h_prev, c_prev, static_cast<const V*>(nullptr),
                    static_cast<const V*>(nullptr), dh, dc, carried, dz, static_cast<V*>(nullptr),
                    h);
-    if constexpr (Cell::kStates == 2)
+    if constexpr (Cell::kStates == 2) {
       store_each(dc, lanes, [&](int j) { return at.of(at.row(j).dc, j); });
+    }
     if constexpr (Cell::kCarriesH) {
       store_each(carried, lanes, [&](int j) { return at.of(at.row(j).carried, j); });
     }

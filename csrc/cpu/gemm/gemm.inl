@@ -143,10 +143,13 @@ void gemm_panel(const Gemm<T>& g, const GemmBlock<T>& block, int64_t n, int cols
 template <class T>
 void gemm_block(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                 const GemmBlocks<T>& blocks) {
+  // Blocks of even width: A is packed once a block, or not at all for a narrow last one.
+  const int64_t panels = ceil_div(n1 - n0, kPanel<T>);
+  const int64_t width = ceil_div(panels, ceil_div(n1 - n0, kBlockN)) * kPanel<T>;
   for (int64_t k0 = 0; k0 < g.K; k0 += kBlockK) {
     const int64_t k1 = min64(k0 + kBlockK, g.K);
-    for (int64_t nb = n0; nb < n1; nb += kBlockN) {
-      const int64_t ne = min64(nb + kBlockN, n1);
+    for (int64_t nb = n0; nb < n1; nb += width) {
+      const int64_t ne = min64(nb + width, n1);
       const bool packed = g.a_k != 1 && ne - nb > kFewPanels * kPanel<T>;
       pack_b(g, k0, k1, nb, ne, blocks.b);
       for (int64_t mb = m0; mb < m1; mb += kBlockM) {

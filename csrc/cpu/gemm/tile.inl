@@ -91,9 +91,6 @@ FASTSEQ_INLINE const T* line_of(const Strided<T>& soon, int64_t k) {
 // Chains end, and their sums are added up, every so many k: the rounding of a sum grows with the
 // length of a chain.
 constexpr int64_t kChain = 128;
-// For sums over K tokens, most accurate at the square root of K: chains and what they add up to are
-// then equally long. Below 32 the adding up would cost more than a tenth.
-inline int64_t chain_over(int64_t K) { return K <= 1024 ? 32 : K <= 2048 ? 64 : kChain; }
 
 // acc[m][v] += sum over k in [k0, k1) of A[m][k] * B[k][v]. B: `Panels` panels of `Vectors` vectors
 // a k, [K][Vectors * lanes], `panel_stride` elements apart. Few rows take several panels, for sums

@@ -55,19 +55,27 @@ struct Deferred {
     }
   }
 
-  // Whether by_x is of both, reading the gradients of the sums once.
-  bool joined() const { return !Row::kRecurrent && s.I > 0 && s.I % kPanel<T> == 0; }
+  // Whether the products by x and by h are one, which reads the gradients of the sums once.
+  bool joined() const {
+    return !Row::kRecurrent && s.I > 0 && (s.I % kPanel<T> == 0 || s.P % kPanel<T> == 0);
+  }
+  Gemm<T> by_x_and_h(int d) const {
+    Gemm<T> g = over_tokens(loop.dsums[d], loop.dsums_row, kGates * s.H);
+    g.N = s.I + s.P;
+    // First what is whole panels wide.
+    const bool x_first = s.I % kPanel<T> == 0;
+    g.split = x_first ? s.I : s.P;
+    g.b_rows = x_first ? x_rows : h_rows[d];
+    g.c_rows = x_first ? dw_rows[d] : dw_hh_rows[d];
+    g.b_rows_2 = x_first ? h_rows[d] : x_rows;
+    g.c_rows_2 = x_first ? dw_hh_rows[d] : dw_rows[d];
+    return g;
+  }
   Gemm<T> by_x(int d) const {
     Gemm<T> g = over_tokens(loop.dsums[d], loop.dsums_row, kGates * s.H);
     g.N = s.I;
     g.b_rows = x_rows;
     g.c_rows = dw_rows[d];
-    if (joined()) {
-      g.N += s.P;
-      g.split = s.I;
-      g.b_rows_2 = h_rows[d];
-      g.c_rows_2 = dw_hh_rows[d];
-    }
     return g;
   }
   Gemm<T> by_h(int d) const {
@@ -183,8 +191,12 @@ void recurrent_deferred(const BackwardLoop<Cell, T>& loop, const T** memory,
   Gemm<T> products[10];
   int count = 0;
   for (int d = 0; d < s.D; ++d) {
-    if (a.dw_hh[d]) products[count++] = deferred.by_x(d);
-    if (a.dw_hh[d] && !deferred.joined()) products[count++] = deferred.by_h(d);
+    if (a.dw_hh[d] && deferred.joined()) {
+      products[count++] = deferred.by_x_and_h(d);
+    } else if (a.dw_hh[d]) {
+      products[count++] = deferred.by_x(d);
+      products[count++] = deferred.by_h(d);
+    }
     if (a.dw_hr[d]) products[count++] = deferred.by_unprojected(d);
     if (loop.defers_dh0) products[count++] = deferred.to_h0(d);
   }

@@ -148,14 +148,13 @@ struct DeferredByRows {
   // go.
   void finish(int64_t n0, int64_t n1) const {
     const RecurrentBackward<T>& a = loop.a;
+    if (!a.dw_hh[0]) return;
     for (int64_t n = n0; n < n1; n += kLanes<T>) {
-      if (a.dw_hh[0]) {
-        transposed(0, n, s.I, [&](int64_t gate, int64_t m) {
-          return a.dw_ih[0] + (Row::gate(int(gate / s.H)) * s.H + gate % s.H) * s.I + m;
-        });
-        transposed(s.I * ld, n, s.P,
-                   [&](int64_t gate, int64_t m) { return a.dw_hh[0] + gate * s.P + m; });
-      }
+      transposed(0, n, s.I, [&](int64_t gate, int64_t m) {
+        return a.dw_ih[0] + (Row::gate(int(gate / s.H)) * s.H + gate % s.H) * s.I + m;
+      });
+      transposed(s.I * ld, n, s.P,
+                 [&](int64_t gate, int64_t m) { return a.dw_hh[0] + gate * s.P + m; });
     }
   }
   void finish_sums() const {
