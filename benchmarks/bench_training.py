@@ -6,7 +6,8 @@ Forward and backward of Seq2Seq and cross entropy, every gradient, equal weights
 "tuned" is what a careful hand makes of the reference without leaving PyTorch: keys projected once a
 source, LSTMCell, one product for all logits; it knows a teacher-forcing ratio of 1 only. "compiled"
 is that under torch.compile (not with --quick). The last columns are fastseq's time a part, each
-measured alone, and the peak of memory beyond what a step starts with.
+measured alone, the peak of memory beyond what a step starts with over the reference's, and one by
+`features` and linear_cross_entropy, as `fastseq train` takes it: never all logits at once.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from torch.nn import functional as F
 
 from benchmarks.bench_loss import peak_bytes
 from benchmarks.command import Row, command, milliseconds
+from fastseq.functional import linear_cross_entropy
 from fastseq.models import attention as fast
 from fastseq.reference import attention as reference
 from fastseq.testing import assert_matches
 
 COLUMNS = (
     "V E H B S T forcing status fastseq_ms reference_ms ratio target met tuned_ms tuned_ratio "
-    "tuned_target tuned_met compiled_ms encoder_ms decoder_ms output_ms memory_part"
+    "tuned_target tuned_met compiled_ms encoder_ms decoder_ms output_ms memory_part fused_loss_ms "
+    "fused_loss_ratio fused_loss_memory_part"
 ).split()
 # V, E, H, B, S = T, and what the reference's and the tuned loop's time over ours is meant to be.
 SIZES = [
@@ -74,13 +77,20 @@ def loss(logits: Tensor, trg: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), trg[:, -logits.shape[1] :].flatten())
 
 
-def step(module: nn.Module, logits: Callable[[], Tensor], trg: Tensor) -> Callable[[], list]:
+def fused_loss(made: nn.Module, src: Tensor, trg: Tensor, forcing: float) -> Tensor:
+    """The same loss as `fastseq train` computes it: the logits are never held all at once."""
+    fc = made.decoder.fc
+    features = made.features(src, trg, forcing)
+    return linear_cross_entropy(features, fc.weight, fc.bias, trg[:, 1:])
+
+
+def step(module: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], list]:
     """One step's loss and gradients; the coins are those of one seed, every time."""
     parameters = list(dict.fromkeys(module.parameters()))
 
     def call() -> list[Tensor]:
         random.seed(0)
-        found = loss(logits(), trg)
+        found = loss()
         return [found, *torch.autograd.grad(found, parameters)]
 
     return call
@@ -98,10 +108,11 @@ def sides(size: tuple, forcing: float) -> dict[str, Callable[[], list]]:
     calls = {}
     for name, house in (("fastseq", fast), ("reference", reference)):
         made = model(house, V, E, H)
-        calls[name] = step(made, lambda m=made: m(src, trg, forcing)[:, 1:], trg)
+        calls[name] = step(made, lambda m=made: loss(m(src, trg, forcing)[:, 1:], trg))
     if forcing == 1:
-        tuned = Tuned(model(reference, V, E, H))
-        calls["tuned"] = step(tuned, lambda: tuned(src, trg), trg)
+        made, tuned = model(fast, V, E, H), Tuned(model(reference, V, E, H))
+        calls["fused_loss"] = step(made, lambda: fused_loss(made, src, trg, forcing))
+        calls["tuned"] = step(tuned, lambda: loss(tuned(src, trg), trg))
     return calls
 
 
@@ -115,20 +126,31 @@ def verify(size: tuple, forcing: float) -> None:
     V, E, H, *_ = size
     src, trg = batch(size)
 
-    def by(house) -> Callable[..., Tensor]:
-        made = model(house, V, E, H)
+    class Loss(nn.Module):
+        def __init__(self, house, of: Callable[..., Tensor]) -> None:
+            super().__init__()
+            self.model, self.of = model(house, V, E, H), of
+
+        def forward(self) -> Tensor:
+            return self.of(self.model, src, trg, forcing)
+
+    def by(house, of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        made = Loss(house, of)
         names = [name for name, _ in made.named_parameters()]
 
         def call(*parameters: Tensor) -> Tensor:
             random.seed(0)
-            named = dict(zip(names, parameters, strict=True))
-            return loss(functional_call(made, named, (src, trg, forcing))[:, 1:], trg)
+            return functional_call(made, dict(zip(names, parameters, strict=True)), ())
 
         return call
 
-    plain = by(reference)
+    def whole(made: nn.Module, src: Tensor, trg: Tensor, forcing: float) -> Tensor:
+        return loss(made(src, trg, forcing)[:, 1:], trg)
+
+    plain = by(reference, whole)
     parameters = dict(model(reference, V, E, H).named_parameters())
-    assert_matches(by(fast), plain, plain, parameters, [torch.ones(())])
+    for found in (by(fast, whole), by(fast, fused_loss)):
+        assert_matches(found, plain, plain, parameters, [torch.ones(())])
 
 
 def parts(size: tuple) -> dict[str, Callable[[], object]]:
@@ -173,7 +195,7 @@ def rows(what: tuple, device: str, quick: bool) -> Iterator[Row]:
                 tuned = Tuned(model(reference, V, E, H))
                 compiled = torch.compile(tuned)
                 src, trg = batch(size)
-                calls["compiled"] = step(tuned, lambda: compiled(src, trg), trg)
+                calls["compiled"] = step(tuned, lambda: loss(compiled(src, trg), trg))
             times = milliseconds(calls, device, seconds)
             said = {f"{name}_ms": f"{ms:.4g}" for name, ms in times.items()}
             ratio = times["reference"] / times["fastseq"]
@@ -185,8 +207,14 @@ def rows(what: tuple, device: str, quick: bool) -> Iterator[Row]:
                 said["tuned_met"] = "yes" if ratio >= tuned_target else "no"
                 split = milliseconds(parts(size), device, seconds)
                 said |= {f"{name}_ms": f"{ms:.4g}" for name, ms in split.items()}
-                held = [peak_bytes(calls[name], device) for name in ("fastseq", "reference")]
-                said["memory_part"] = f"{held[0] / held[1]:.2f}"
+                ratio = times["reference"] / times["fused_loss"]
+                said["fused_loss_ratio"] = f"{ratio:.2f}"
+                held, fused, most = (
+                    peak_bytes(calls[name], device)
+                    for name in ("fastseq", "fused_loss", "reference")
+                )
+                said["memory_part"] = f"{held / most:.2f}"
+                said["fused_loss_memory_part"] = f"{fused / most:.2f}"
             return said
 
         yield Row({"V": V, "E": E, "H": H, "B": B, "S": S, "T": S, "forcing": forcing}, measure)

@@ -33,16 +33,18 @@ def test_every_row_is_checked_timed_and_recorded(bench, tmp_path):
         assert row["met"] == "yes"
     assert forced["tuned_met"] == "no" and float(forced["memory_part"]) > 0
     assert all(float(forced[f"{part}_ms"]) > 0 for part in ("encoder", "decoder", "output"))
+    assert float(forced["fused_loss_ratio"]) > 0
 
 
-def test_a_wrong_gradient_is_not_timed(bench, tmp_path, monkeypatch):
-    right = bench.fast.Seq2Seq.forward
+@pytest.mark.parametrize("method", ["forward", "features"])
+def test_a_wrong_gradient_is_not_timed(bench, tmp_path, monkeypatch, method):
+    right = getattr(bench.fast.Seq2Seq, method)
 
     def twice_its_gradient(self, *given):
-        logits = right(self, *given)
-        return logits + (logits - logits.detach())
+        found = right(self, *given)
+        return found + (found - found.detach())
 
-    monkeypatch.setattr(bench.fast.Seq2Seq, "forward", twice_its_gradient)
+    monkeypatch.setattr(bench.fast.Seq2Seq, method, twice_its_gradient)
     assert bench.main(["--quick", "--output", str(tmp_path)]) == 1
     for row in rows_of(tmp_path / "training_cpu_quick.csv"):
         assert row["status"].startswith("wrong: ") and not row["fastseq_ms"]
