@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -197,14 +197,15 @@ def calls() -> Iterator[Callable[[], object]]:
         yield call
 
 
-def variants(target: str) -> list[Variant]:
-    """Everything a launcher can ask of Triton on ``target``, with the tiles of each device that
-    is one."""
+def variants(target: str, devices: Sequence[str] | None = None) -> list[Variant]:
+    """Everything a launcher can ask of Triton on ``target``, in every dtype and precision: with the
+    default tiles and those of each device that is one; or with those of ``devices``."""
     found: dict[Variant, None] = {}
     before = torch.get_float32_matmul_precision()
     try:
-        devices = [name for name, tuned in TUNED.items() if tuned.target == target]
-        for name, precision in itertools.product(("", *devices), PRECISIONS):
+        if devices is None:
+            devices = ["", *(name for name, tuned in TUNED.items() if tuned.target == target)]
+        for name, precision in itertools.product(devices, PRECISIONS):
             torch.set_float32_matmul_precision(precision)
             with asked_for(target, name) as asked:
                 for call in calls():

@@ -3,13 +3,15 @@
 python -m fastseq.kernels.tune [--seconds 240] [--output FILE]
 
 Sizes are typical ones; what wins is used for every batch and length. Time is bounded: candidates
-that come after it is up are not tried. A candidate has to keep the budgets of aot.py, which
-`make test` holds winners to, and to give the default's results.
+that come after it is up are not tried. A candidate has to keep the budgets of aot.py, and one that
+wins keeps them in every dtype and precision, as `make test` asks of it; and to give the default's
+results.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import time
@@ -25,7 +27,7 @@ from . import _lang, aot
 from .attention import kernel
 from .attention.tuned import PATH, TUNED, Tuned, tiles, written
 
-__all__ = ["CANDIDATES", "candidates", "search", "too_much"]
+__all__ = ["CANDIDATES", "candidates", "search", "too_much", "too_much_elsewhere"]
 
 # What is varied around a stage's default; every combination is tried.
 CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -68,21 +70,37 @@ def too_much(stage: str, call: Callable[[], object], target: str, device: str = 
     """
     with aot.asked_for(target, device) as asked:
         call()
+    return _above(stage, asked)
+
+
+def too_much_elsewhere(stage: str, config: dict[str, int], target: str, device: str) -> str | None:
+    """The same of any call that ``config`` serves, in whichever dtype and precision, once it is
+    among the tiles of ``device``: what ``make test`` will ask of a winner."""
+    wanted = _lang.compiler_options(config).items()
+    served = aot.variants(target, [device])
+    return _above(stage, [v for v in served if wanted <= {**v.named, **dict(v.options)}.items()])
+
+
+def _above(stage: str, asked: Iterable[aot.Variant]) -> str | None:
     for variant in asked:
         if variant.stage == stage:
             takes = aot.resources(variant.compiled())
             if not takes.within(aot.BUDGETS[stage]):
-                return f"{takes} is above the budget"
+                return f"{variant}: {takes} is above the budget"
     return None
 
 
 def search(
-    tried: Iterable[dict[str, int]], measure: Callable[[dict[str, int]], float], until: float
+    tried: Iterable[dict[str, int]],
+    measure: Callable[[dict[str, int]], float],
+    until: float,
+    against: Callable[[dict[str, int]], str | None] = lambda config: None,
 ) -> tuple[dict[str, int] | None, float]:
     """The candidate with the least ``measure``, among those begun before the clock says ``until``;
     None if none of them runs.
 
-    The first is measured whatever the time.
+    The first is measured whatever the time. against: what speaks against one that is the best so
+    far.
     """
     best, least = None, float("inf")
     for at, config in enumerate(tried):
@@ -94,7 +112,11 @@ def search(
             print(f"  {config}: {type(error).__name__}: {str(error)[:200]}")
             continue
         if best is None or seconds < least:
-            best, least = config, seconds
+            reason = against(config)
+            if reason is None:
+                best, least = config, seconds
+            else:
+                print(f"  {config}: {reason}")
     return best, least
 
 
@@ -176,14 +198,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=PATH, help="for what wins (%(default)s)")
     arguments = parser.parse_args(argv)
     device = torch.cuda.get_device_name()
-    won = TUNED.setdefault(device, Tuned(_target(), {})).won
+    target, won = TUNED.setdefault(device, Tuned(_target(), {}))
     work = list(itertools.product(CANDIDATES, (False, True), (torch.float32, torch.bfloat16)))
     start = time.monotonic()
     for done, (stage, single, dtype) in enumerate(work, 1):
         key = stage, single, dtype == torch.float32
         measure = timed(stage, _call(stage, single, dtype), key, device)
         until = start + arguments.seconds * done / len(work)
-        best, least = search(candidates(*key), measure, until)
+        against = functools.partial(too_much_elsewhere, stage, target=target, device=device)
+        best, least = search(candidates(*key), measure, until, against)
         if best is None:
             # Measuring left the last one there.
             won.pop(key, None)

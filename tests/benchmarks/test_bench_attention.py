@@ -84,7 +84,8 @@ def gpu(bench, monkeypatch):
     return bench
 
 
-def test_on_a_gpu_all_rows_come_before_any_is_compiled(gpu, tmp_path, monkeypatch):
+def test_on_a_gpu_each_kind_comes_before_it_is_compiled(gpu, tmp_path, monkeypatch):
+    """And what there are targets for before the rest."""
     compiled = []
     monkeypatch.setattr(gpu.torch, "compile", lambda call: compiled.append(call) or call)
     path = tmp_path / "attention_cuda.csv"
@@ -98,15 +99,32 @@ def test_on_a_gpu_all_rows_come_before_any_is_compiled(gpu, tmp_path, monkeypatc
     monkeypatch.setitem(gpu.command.__globals__, "write_csv", write_csv)
     assert gpu.main(["--device", "cuda", "--output", str(tmp_path)]) == 0
     rows, kinds = rows_of(path), sum(len(places) for places in gpu.GPU.values())
-    assert len(rows) == len(before) == len(compiled) == 2 * kinds
-    assert [row["where"] for row in before[:10]] == ["all"] * 10
+    assert len(rows) == len(compiled) == 2 * kinds
+    assert [(row["score"], row["where"]) for row in before] == [("additive", "all")] * 10
+    assert [row["where"] for row in rows[:26]] == ["all"] * 10 + ["lengths"] * 10 + ["mask"] * 6
     assert {(row["score"], row["where"]) for row in rows} == {kind[::2] for kind in gpu.GPU}
     assert all(row["over_compile"] and row["part_of_floor"] for row in rows)
     assert not any(row["over_compile"] for row in before)
     assert all(row["over_eager"] for row in before)
     # Half of the places do not count: neither do they for the floor.
-    floor = {(r["where"], r["Q"], r["C"], r["mode"]): float(r["special_floor_ms"]) for r in before}
+    floor = {
+        (r["where"], r["Q"], r["C"], r["mode"]): float(r["special_floor_ms"])
+        for r in rows
+        if (r["score"], r["dtype"]) == ("additive", "float32")
+    }
     assert floor["lengths", "1", "6", "inf"] <= floor["all", "1", "6", "inf"]
+
+
+def test_targets_are_said_to_be_met_or_missed(gpu, tmp_path, monkeypatch):
+    """2 over torch.compile, 5 over eager, 70 % of the floor, training with the additive score."""
+    times = {"fastseq": 1.0, "eager": 5.0, "compile": 1.999}
+    monkeypatch.setattr(gpu, "milliseconds", lambda calls, *_: {n: times[n] for n in calls})
+    monkeypatch.setattr(gpu, "gpu_floors", lambda *_: {"special": 0.7, "bytes": 0.1})
+    assert gpu.main(["--device", "cuda", "--output", str(tmp_path)]) == 0
+    for row in rows_of(tmp_path / "attention_cuda.csv"):
+        found = [row[f"{name}_target"] for name in ("eager", "compile", "floor")]
+        judged = (row["score"], row["mode"]) == ("additive", "train")
+        assert found == (["5 met", "2 missed", "0.7 met"] if judged else [""] * 3)
 
 
 def test_a_run_cut_off_and_a_row_that_fails_keep_the_others(gpu, tmp_path, monkeypatch):

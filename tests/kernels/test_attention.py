@@ -243,6 +243,16 @@ def test_tiles_that_won_on_a_device_are_compiled(monkeypatch):
         assert there == (target == "sm_90")
 
 
+def test_a_winner_above_its_budget_in_another_dtype_is_seen(monkeypatch):
+    """By what every variant is held to: tiles that half dtypes could have."""
+    won = tiles("dot_fwd", False, False) | {"BLOCK_K": 64, "BLOCK_C": 64}
+    monkeypatch.setitem(TUNED, "a device", Tuned("sm_90", {("dot_fwd", False, False): won}))
+    found = [v for v in aot.variants("sm_90") if v.named.get("BLOCK_C") == 64]
+    found = [v for v in found if v.stage == "dot_fwd"]
+    wrong = {str(v) for v in found if list(faults(v, v.compiled()))}
+    assert len(found) == 4 and wrong and not any(" bf16 " in said for said in wrong)
+
+
 def test_amd_s_narrower_tile_has_its_reason(monkeypatch):
     """tuned.py: with NVIDIA's, products as three of bfloat16 spill."""
     key = ("additive_fwd", False, "hip")

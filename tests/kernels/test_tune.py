@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastseq.kernels import _launch, aot, tune  # noqa: E402
+from fastseq.kernels import _lang, _launch, aot, tune  # noqa: E402
 from fastseq.kernels.attention import kernel, launch, tuned  # noqa: E402
 from fastseq.kernels.attention.tuned import TUNED, Tuned, tiles  # noqa: E402
 
@@ -58,6 +58,22 @@ def test_tiles_above_the_budget_are_seen(monkeypatch):
         assert (said is None) == (maxnreg == 208), said
 
 
+# Within the budget in half dtypes and above it in float32 under "high", which the same tiles serve.
+FOR_HALF_ALONE = tiles("dot_fwd", False, False) | {"BLOCK_K": 64, "BLOCK_C": 64}
+
+
+def test_tiles_above_the_budget_in_another_dtype_or_precision_are_seen(monkeypatch):
+    for config, good in ((tiles("dot_fwd", False, False), True), (FOR_HALF_ALONE, False)):
+        won = {("dot_fwd", False, False): config}
+        monkeypatch.setitem(TUNED, "a device", Tuned("sm_90", won))
+        tensors = [torch.zeros(1, 2, 64, dtype=torch.bfloat16)] * 3
+        call = lambda given=tensors: kernel("dot_fwd")(*given, None, None, 1.0)  # noqa: E731
+        assert tune.too_much("dot_fwd", call, "sm_90", "a device") is None
+        monkeypatch.setattr(_lang, "BACKEND", "cuda")
+        said = tune.too_much_elsewhere("dot_fwd", config, "sm_90", "a device")
+        assert (said is None) == good and (good or "fp32" in said), said
+
+
 @pytest.fixture
 def device(monkeypatch):
     """A device on which nothing is compiled, and candidates of dot_fwd take as long as they say."""
@@ -79,6 +95,7 @@ def device(monkeypatch):
 
     monkeypatch.setattr(tune, "_call", call)
     monkeypatch.setattr(tune, "too_much", too_much)
+    monkeypatch.setattr(tune, "too_much_elsewhere", lambda *_, **__: None)
     monkeypatch.setattr(tune, "_seconds", lambda call: 1.0 / latest()["BLOCK_S"])
     yield
     TUNED.pop("a device", None)
@@ -132,6 +149,19 @@ def test_the_fastest_that_runs_wins():
 
     tried = ({"tile": tile} for tile in (3, 1, 2, 4))
     assert tune.search(tried, measure, time.monotonic() + 60) == ({"tile": 2}, 2)
+
+
+def test_the_fastest_that_nothing_speaks_against_wins():
+    tried = [{"tile": tile} for tile in (3, 1, 2, 4)]
+    measure, asked = lambda config: config["tile"], []
+
+    def against(config):
+        asked.append(config["tile"])
+        return "above the budget" if config["tile"] == 1 else None
+
+    best = tune.search(tried, measure, time.monotonic() + 60, against)
+    # The slower ones are not asked about.
+    assert best == ({"tile": 2}, 2) and asked == [3, 1, 2]
 
 
 def test_time_is_bounded_and_the_first_always_runs():
