@@ -145,19 +145,27 @@ def test_a_run_cut_off_and_a_row_that_fails_keep_the_others(gpu, tmp_path, monke
     assert status == ["ok", "failed: RuntimeError: out of memory and more", "ok"]
 
 
-def test_the_sizes_of_the_readme_are_measured():
-    """kernels/README.md says what they should cost on a GPU."""
-    from benchmarks import bench_attention
+def test_what_the_readme_expects_is_computed(capsys):
+    """Of the sizes that are measured on a GPU, for every score."""
+    from benchmarks import attention_tables, bench_attention
 
-    said = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
-    table = said.partition("| B, Q, S, K = C, float32 |")[2].partition("\n\n")[0]
-    sizes = [
-        tuple(map(int, row)) for row in re.findall(r"^\| (\d+), (\d+), (\d+), (\d+) ", table, re.M)
-    ]
-    assert len(sizes) == 4
-    places = bench_attention.GPU["additive", "float32", "all"]
-    timed = [bench_attention.SIZES["cuda"][place] for place in places]
-    assert all((*size, size[-1]) in timed for size in sizes)
+    assert attention_tables.main(["floors"]) == 0
+    table = capsys.readouterr().out
+    assert table.strip() in (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
+    assert len(table.splitlines()) == 3 + 5 * len(bench_attention.SIZES["cuda"])
+
+
+def test_the_tables_of_errors_can_be_made(capsys):
+    from benchmarks import attention_tables
+
+    attention_tables.second_mean()
+    said = {
+        row[0]: row[1:]
+        for row in re.findall(r"\| ([a-z ]+) \| (.*), .* \| (.*), ", capsys.readouterr().out)
+    }
+    one, two = ([float(error) for error in said[name]] for name in ("one mean", "two"))
+    assert all(less < more / 4 for less, more in zip(two, one, strict=True))
+    assert attention_tables.main(["error"]) == 2 and "expected some of" in capsys.readouterr().out
 
 
 def test_bad_arguments_end_before_anything_is_measured(bench, tmp_path, capsys):

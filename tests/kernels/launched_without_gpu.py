@@ -24,6 +24,9 @@ from triton.backends.amd.driver import HIPLauncher
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.compiler.compiler import LazyDict
 
+from fastseq import functional
+from fastseq.ops import attention as functional_op
+
 STUB = ctypes.CDLL("libcuda.so.1")
 
 
@@ -395,3 +398,51 @@ def test_the_host_s_time_is_not_triton_s():
     ours, unit = (min(side) for side in zip(*pairs, strict=True))
     print(f"{ours:.1f} us a call, {unit:.2f} us a loop")
     assert ours < 20 * unit
+
+
+def costs() -> None:
+    """What benchmarks/attention_tables.py prints: microseconds of a decoding step's forward call,
+    the least of nine runs of 1000."""
+    _launch.forget()
+    arguments, forward = step(), attention.kernel("additive_fwd")
+    query, keys, values, v, *_ = arguments
+    context, weights = results = forward(*arguments)
+    (plan,) = _launch._plans.values()
+    found = [cell.cell_contents for cell in plan.__closure__]
+    (launcher,) = (one for one in found if isinstance(one, _launch.Launch))
+    remembered, told = launcher._launch, []
+    launcher._launch = lambda *one: told.append(one)
+    forward(*arguments)
+    launcher._launch = remembered
+    buffers = (weights, weights, context, None, None)
+    library = torch.library.Library("fastseq_costs", "FRAGMENT")
+    schema = str(torch.ops.fastseq.additive_attention_fwd.default._schema)
+    library.define("nothing" + schema[schema.index("(") :])
+    library.impl("nothing", lambda *_: results, "CPU")
+    nothing = torch.ops.fastseq_costs.nothing
+    functional_op.additive_attention = lambda *_: results
+    calls = {
+        "through Triton alone": lambda: launcher._by_triton((*arguments[:7], *buffers), (1.0,)),
+        'the kernel\'s entry, `attention.kernel("additive_fwd")`': lambda: forward(*arguments),
+        "- buffers of the two outputs, by torch": lambda: (
+            query.new_empty(64, 1, 512),
+            query.new_empty(64, 1, 40),
+        ),
+        "- Triton's launcher in C": lambda: remembered(*told[0]),
+        "torch's dispatcher, once": lambda: nothing(*arguments),
+        # Without lengths, whose values would be looked at on a CPU alone.
+        "`functional.additive_attention` around the operator": lambda: (
+            functional.additive_attention(query[:, 0], keys, values, v)
+        ),
+    }
+    rounds = [[microseconds(call, 1000) for call in calls.values()] for _ in range(9)]
+    for name, *times in zip(calls, *rounds, strict=True):
+        print(name, f"{min(times):.1f}")
+
+
+def test_costs_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(functional_op, "additive_attention", functional_op.additive_attention)
+    monkeypatch.setitem(globals(), "microseconds", lambda call, calls: call() and 0.0 or 1.0)
+    costs()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 6 and all(line.endswith(" 1.0") for line in said)

@@ -154,10 +154,10 @@ def test_a_planted_spill_is_above_the_budget(target, monkeypatch):
 
 def test_a_planted_spill_is_above_the_budget_on_amd(monkeypatch):
     """Tiles of more registers than there are."""
-    wide = {"BLOCK_S": 16, "BLOCK_K": 256, "num_warps": 1}
+    wide = {"BLOCK_S": 16, "BLOCK_K": 512, "num_warps": 1}
     chosen = lambda stage, *key: wide if stage == "additive_bwd" else tiles(stage, *key)  # noqa: E731
     monkeypatch.setattr(launch, "tiles", chosen)
-    monkeypatch.setattr(aot, "WIDTHS", (256,))
+    monkeypatch.setattr(aot, "WIDTHS", (512,))
     found = aot.resources(additive_bwd("gfx942").compiled())
     assert found.spills > 0 and not found.within(aot.BUDGETS["additive_bwd"]), found
 
@@ -253,6 +253,7 @@ def test_a_winner_above_its_budget_in_another_dtype_is_seen(monkeypatch):
     assert len(found) == 4 and wrong and not any(" bf16 " in said for said in wrong)
 
 
+@pytest.mark.skipif(triton.__version__ < "3.9", reason="Triton 3.6 spills nothing there")
 def test_amd_s_narrower_tile_has_its_reason(monkeypatch):
     """tuned.py: with NVIDIA's, products as three of bfloat16 spill."""
     key = ("additive_fwd", False, "hip")
