@@ -18,7 +18,6 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -90,9 +89,7 @@ def build(cell: str, size: tuple, form: str, dtype: torch.dtype) -> RecurrentCas
         options["proj_size"] = size[3] // 2
     case = recurrent_case(cell, *size, dtype=dtype, **options)
     case = case.packed() if "packed" in form else case
-    cotangents = [c.cuda() for c in case.cotangents]
-    keywords = {n: t if n == "batch_sizes" else t.cuda() for n, t in case.keywords.items()}
-    return replace(case.map(lambda t: t.cuda()), cotangents=cotangents, keywords=keywords)
+    return case.on("cuda")
 
 
 LAYERS = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN}

@@ -115,6 +115,7 @@ beside "tests" 150 "${tests[@]}" tests/test_gpu.py tests/kernels/test_attention_
 beside "attention tests" 150 "${tests[@]}" -k cuda tests/test_functional_attention.py \
   tests/ops/test_attention.py tests/ops/test_attention_kernels.py tests/nn/test_attention.py
 beside "recurrent tests" 150 "${tests[@]}" tests/cuda/test_on_device.py
+beside "the CPU's recurrent tests" 150 "${tests[@]}" -k "cuda and not thousand" tests/test_functional_rnn.py
 beside "resources" 60 python3 -m pytest -q tests/cuda/test_build.py
 sanitizers=(memcheck racecheck synccheck)
 says_so='"$@" 2>&1 | awk "{ print; fflush() } /SUMMARY: 0 / { found = 1 } END { exit !found }"
@@ -139,7 +140,7 @@ fi
 gather
 # A device comes into the table once the kernels are right there, by every check.
 recurrent=() decoder=()
-if right "recurrent tests" "${sanitizers[@]/#/recurrent }"; then
+if right "recurrent tests" "the CPU's recurrent tests" "${sanitizers[@]/#/recurrent }"; then
   recurrent=(--table "$measured")
   right tests "attention tests" "${sanitizers[@]}" && decoder=(--table "$measured")
 fi

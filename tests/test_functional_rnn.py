@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+import fastseq
 from fastseq import backends, functional
 from fastseq.reference import rnn
 from fastseq.testing import (
     LAYOUTS,
     RecurrentCase,
+    allow_tf32,
     assert_close_to_reference,
     assert_matches,
     edge_sizes,
@@ -29,10 +32,29 @@ OTHERS = [cell for cell in CELLS if cell != "lstm"]
 SERIES, FUZZED = 0, 150
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+WHERE = DEVICES[:1]
+
+
+@pytest.fixture(params=DEVICES, autouse=True)
+def there(request) -> Iterator[None]:
+    """What is checked runs on the CPU's kernels and, where there is a GPU, on its kernels."""
+    WHERE[0] = request.param
+    with allow_tf32(False):
+        yield
+    WHERE[0] = "cpu"
+
+
 def check(case: RecurrentCase, **options) -> dict:
     """The function against the reference, with torch in the same dtype as the yardstick."""
+    case = case if WHERE[0] == "cpu" else case.on(WHERE[0])
+
+    def by_kernels(*inputs: torch.Tensor) -> object:
+        with fastseq.use_backend("auto" if WHERE[0] == "cpu" else WHERE[0]):
+            return ours(case)(*inputs)
+
     return assert_matches(
-        ours(case),
+        by_kernels,
         case.reference(),
         yardstick(case),
         case.inputs,

@@ -223,7 +223,8 @@ class LSTM(_FastLayer, torch.nn.LSTM):
     """:class:`torch.nn.LSTM` on fastseq's kernels.
 
     Constructor, parameters, initialisation, state_dict, shapes, errors and random streams are
-    those of torch.nn.LSTM, of which this is a subclass. What no kernel serves (see
+    those of torch.nn.LSTM, of which this is a subclass (on a GPU's kernels dropout draws by
+    torch.nn.functional.dropout, where cuDNN has a stream of its own). What no kernel serves (see
     :func:`fastseq.explain`) and whatever torch would refuse runs in torch's own code.
 
     Precision: on a CPU float32 is IEEE float32, at every setting of

@@ -369,12 +369,12 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
                 dh0_p.append(behind.initial_gradient(d, of_h))
             grads, last = [], []
             if need_dw:
-                dw_hh = in_order(of_h.t() @ hidden[d], apart * H)
+                dw_hh = in_order(_over_tokens(of_h, hidden[d]), apart * H)
                 if behind:
                     dw_hh, *last = behind.weight_gradients(d, of_h, dw_hh)
                 elif among:
-                    last = [dhanded[d].t() @ raw[d]]
-                grads = [of_x.t() @ x_rows, dw_hh]
+                    last = [_over_tokens(dhanded[d], raw[d])]
+                grads = [_over_tokens(of_x, x_rows), dw_hh]
             if need_db and has_biases:
                 db_ih = (rows[:, (sums + kind.params) * H :] if _normalises(kind) else of_x).sum(0)
                 db_hh = in_order(of_h.sum(0), H) if wants_apart(kind) else db_ih.clone()
@@ -386,6 +386,22 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
         dh0 = torch.stack(dh0_p) if dh0_p else dh0
         out = [t for t in (dh0, dc0) if t is not None] + of_sides
     return [dx.view(x.shape), *out] if need_dx else out
+
+
+def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of a [tokens, m] and b [tokens, n], in pieces as long as they take little memory: one
+    sum over all tokens errs more than the reference's, step by step. (Of halves what counts is the
+    rounding of the result, and there must be one.)"""
+    m, n, piece = a.shape[1], b.shape[1], len(a) // _PIECES
+    if a.element_size() < 4 or piece < _LEAST_PIECE or m * n * _PIECES > _MOST_IN_PIECES:
+        return a.t() @ b
+    whole = piece * _PIECES
+    parts = (t[:whole].unflatten(0, (_PIECES, piece)) for t in (a, b))
+    found = torch.bmm(next(parts).mT, next(parts)).sum(0)
+    return found if whole == len(a) else found.addmm_(a[whole:].t(), b[whole:])
+
+
+_PIECES, _LEAST_PIECE, _MOST_IN_PIECES = 8, 16, 1 << 22
 
 
 def beyond(lengths: bool, resets: bool, zoneout: bool) -> str:

@@ -120,6 +120,13 @@ class RecurrentCase:
         cotangents = [c.to(dtype) for c in self.cotangents]
         return replace(self.map(lambda t: t.to(dtype)), cotangents=cotangents)
 
+    def on(self, device: str) -> RecurrentCase:
+        """The same call there; a packed one's batch_sizes stay on the host, as torch has them."""
+        keywords = {n: t if n == "batch_sizes" else t.to(device) for n, t in self.keywords.items()}
+        case = self.map(lambda t: t.to(device))
+        cotangents = [c.to(device) for c in self.cotangents]
+        return replace(case, keywords=keywords, cotangents=cotangents)
+
     def packed(self) -> RecurrentCase:
         """The same call on packed rows, longest first; lengths must be positive."""
         lengths = self.keywords.get("lengths")

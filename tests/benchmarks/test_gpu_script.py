@@ -17,6 +17,7 @@ PARTS = [
     "tests",
     "attention tests",
     "recurrent tests",
+    "the CPU's recurrent tests",
     "resources",
     "memcheck",
     "recurrent memcheck",
@@ -117,6 +118,7 @@ def test_kernels_that_are_right_come_into_the_table(run, tmp_path):
 @pytest.mark.parametrize(
     "bad, failed",
     [("worksteal tests/cuda/test_on_device.py", "recurrent tests")]
+    + [("tests/test_functional_rnn.py", "the CPU's recurrent tests")]
     + [(f"{tool} *test_on_device.py", f"recurrent {tool}") for tool in SANITIZERS],
 )
 def test_kernels_that_are_wrong_do_not(run, bad, failed):

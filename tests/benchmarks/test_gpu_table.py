@@ -14,7 +14,7 @@ from benchmarks.plot import read_results
 from fastseq import _native, functional
 from fastseq.ops import measured_cuda
 from fastseq.ops.measured_cuda import DecoderKind, Kind, Size
-from fastseq.testing import allow_tf32
+from fastseq.testing import RecurrentCase, allow_tf32
 from tests.cuda.on_host import COMPILER, load, on_host
 
 if not _native.loaded() or COMPILER is None:
@@ -36,8 +36,8 @@ def host(monkeypatch):
     load()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    for cls in (torch.Tensor, torch.nn.Module):
-        monkeypatch.setattr(cls, "cuda", lambda self: self)
+    monkeypatch.setattr(RecurrentCase, "on", lambda self, device: self)
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
     real = fastseq.use_backend
     monkeypatch.setattr(
         fastseq,

@@ -41,9 +41,7 @@ def kernels() -> Iterator[None]:
 
 
 def moved(case):
-    keywords = {n: t if n == "batch_sizes" else t.cuda() for n, t in case.keywords.items()}
-    cotangents = [c.cuda() for c in case.cotangents]
-    return replace(case.map(lambda t: t.cuda()), cotangents=cotangents, keywords=keywords)
+    return case.on("cuda")
 
 
 def case_of(cell, form, H, dtype=torch.float32, B=5, T=6):

@@ -137,6 +137,27 @@ def test_blocks_of_several_rows(cell):
         check(case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_sums_over_many_tokens_are_made_in_pieces(dtype):
+    """One long sum of float32 errs by its length."""
+    a, b = torch.rand(5003, 6).to(dtype), torch.rand(5003, 9).to(dtype)
+    truth = a.double().T @ b.double()
+    found, long = (t.double() for t in (recurrent_cuda._over_tokens(a[:, 1:], b), a[:, 1:].T @ b))
+    assert (found - truth[1:]).norm() / truth.norm() < 2 * torch.finfo(dtype).eps
+    if dtype == torch.bfloat16:
+        assert torch.equal(found, long)
+    few = recurrent_cuda._over_tokens(a[:100], b[:100])
+    assert torch.equal(few, a[:100].T @ b[:100])
+
+
+def test_many_packed_rows():
+    """As the CPU's kernels are tested: within the budget of sums step by step."""
+    lengths = [1 + row % 12 for row in range(60)]
+    with on_host(STEP):
+        for cell in ("peephole_lstm", "gru"):
+            check(recurrent_case(cell, 12, 60, 5, 9, lengths=lengths).packed())
+
+
 @pytest.mark.parametrize("way", [STEP, WHOLE, GRID])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_lengths_that_nobody_looked_at_stay_within_the_sequence(cell, way):
