@@ -229,7 +229,10 @@ def host() -> None:
         (Path(folder) / "libcuda.so").symlink_to(library.name)
         found = {"TRITON_LIBCUDA_PATH": folder, "LD_LIBRARY_PATH": folder}
         found["TRITON_CACHE_DIR"] = f"{folder}/cache"
-        told = "from tests.kernels.launched_without_gpu import costs; costs()"
+        told = (
+            "from tests.kernels.launched_without_gpu import costs\n"
+            "for name, us in costs().items(): print(name, f'{us:.1f}')"
+        )
         done = subprocess.run(
             [sys.executable, "-c", told], cwd=here, env=os.environ | found, check=True,
             capture_output=True, text=True,
