@@ -330,6 +330,7 @@ def test_decoders_on_two_streams_at_once():
         return case.function(functional)(*tensors)[0]
 
     streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
     with torch.no_grad():
         expected = []
         for scale, stream in enumerate(streams, 1):
