@@ -266,20 +266,22 @@ def test_results_beyond_31_bits():
         assert not tensor[:-1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 @BOTH
-def test_lengths_beyond_the_source(score):
+def test_lengths_beyond_the_source(score, dtype):
     """Lengths on a GPU are not checked; the kernels take 10**12 for S, and -1 for 0."""
     case = drawn(score, 5, 3, 40, 8)
     op = getattr(torch.ops.fastseq, f"{score}_attention_fwd")
     none = [None] * (score == "additive")
+    most = 10**12 if dtype == torch.int64 else 2**31 - 1
 
     def call(*lengths):
-        found = torch.tensor(lengths, device=DEVICE)
+        found = torch.tensor(lengths, device=DEVICE, dtype=dtype)
         return lambda *tensors: op(*tensors, *none, None, found, 1.0)
 
     expected, found = (
         run_with_grads(call(*lengths), case.inputs, case.cotangents)
-        for lengths in ((40, 40, 40, 0, 0), (40, 41, 10**12, 0, -1))
+        for lengths in ((40, 40, 40, 0, 0), (40, 41, most, 0, -1))
     )
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
