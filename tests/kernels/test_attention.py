@@ -33,7 +33,6 @@ SHARED = {
         "some_inputs",
         "one_output and f32",
         "every_mask_and_dtype and True-query and (location or general)",
-        "same_bits_twice",
         "beyond_the_range",
         "memory",
         "share_no_memory",
