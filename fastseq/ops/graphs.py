@@ -71,6 +71,7 @@ class _Graph:
     def __init__(self, replay, inputs, outputs):
         self.replay, self.inputs, self.outputs = replay, inputs, outputs
         self.lock = threading.Lock()
+        self.used = 0  # the call that it served last
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         # Two threads on one stream must not mix what they copy.
@@ -82,42 +83,51 @@ class _Graph:
 
 
 class Replayed:
-    """Calls a function, from the second call of a kind on as a captured graph.
+    """Calls a function, from the second call of a kind on as a captured graph where there is room.
 
     Of a kind are calls with tensors of the same shapes and dtypes, the same other arguments, one
     stream and the same switches of precision. The first runs the function as it is. The second
-    waits for the device, once; no later one does. Where capturing fails, the function runs as it
-    is from then on, for that kind of call. Inside somebody else's capture it runs as it is too, and
-    becomes part of theirs.
+    captures it, which runs it twice and waits for the device; no later one waits. Once there are
+    ``most`` graphs, or a capture has failed, a kind is captured only where neither another was nor
+    the graph that would give way was used in the last ``16 * most`` calls, and the function runs as
+    it is meanwhile: of shapes that vary without end at most one call in ``16 * most`` captures.
+    Where capturing fails, the function runs as it is from then on, for that kind of call. Inside
+    somebody else's capture it runs as it is too, and becomes part of theirs.
 
     Args:
         function: of tensors, lists of tensors, and hashable values; returns a list of tensors. What
             it does depends on nothing else, and on no value that only the device knows.
-        most: graphs that are kept; the one used longest ago gives way. Each keeps its inputs,
-            results and intermediate values in memory.
+        most: graphs that are kept. Each keeps its inputs, results and intermediate values in
+            memory.
         capture: stands in for :func:`capture` in tests.
 
     Attributes:
         refused: why the last capture that failed did; None where none has.
+        enabled: whether there are graphs at all; without, the function runs as it is.
     """
 
     def __init__(self, function: Callable, most: int = 8, capture: Callable = capture) -> None:
         self.function, self.most, self.capture = function, most, capture
         self.refused: str | None = None
+        self.enabled = True
+        self._calls = self._tried = 0  # the last call, and the last one that captured
         # By kind: how often it was met, as far as that counts, or its graph.
         self._kinds: OrderedDict[Hashable, _Graph | int] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, *arguments) -> list[Tensor]:
-        if _inside_a_capture(arguments):
+        if not self.enabled or _inside_a_capture(arguments):
             return self.function(*arguments)
         tensors, kind = _described(arguments)
         with self._lock:
+            self._calls += 1
             found = self._kinds.pop(kind, _NEW)
-            if found == _MET:
-                found = self._captured(arguments)
+            if found == _MET and self._has_room():
+                found, self._tried = self._captured(arguments), self._calls
+            if isinstance(found, _Graph):
+                found.used = self._calls
             self._kinds[kind] = _MET if found == _NEW else found
-            self._make_room()
+            self._drop_oldest()
         return found(tensors) if isinstance(found, _Graph) else self.function(*arguments)
 
     def __len__(self) -> int:
@@ -139,7 +149,15 @@ class Replayed:
             return _REFUSED
         return _Graph(replay, inputs, outputs)
 
-    def _make_room(self) -> None:
+    def _has_room(self) -> bool:
+        """Whether to capture now."""
+        if len(self) < self.most and self.refused is None:
+            return True
+        graphs = (entry for entry in self._kinds.values() if isinstance(entry, _Graph))
+        last = max(self._tried, next(graphs).used if len(self) >= self.most else 0)
+        return self._calls - last > _IDLE * self.most
+
+    def _drop_oldest(self) -> None:
         """Keep the latest: ``most`` graphs, and eight times as many kinds without one."""
         graphs, others = len(self), len(self._kinds) - len(self)
         for kind, entry in list(self._kinds.items()):
@@ -150,6 +168,7 @@ class Replayed:
 
 
 _NEW, _MET, _REFUSED = range(3)
+_IDLE = 16
 
 
 def _inside_a_capture(arguments) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -80,17 +82,45 @@ def test_the_graph_used_longest_ago_gives_way(counted):
         call(n)
     assert len(replayed) == 2 and len(captures) == 2
     call(1)
-    for _ in range(2):
-        call(3)
+    # Not before it has been idle, and nothing was captured, for sixteen calls a graph.
+    for _ in range(28):
+        call(1)
+    call(3)
+    call(3)
+    call(1)
+    assert len(captures) == 2
+    call(3)
     assert len(replayed) == 2 and len(captures) == 3
     call(1)
+    call(3)
     assert len(captures) == 3
-    call(2)
-    call(2)
-    assert len(captures) == 4
     for n in range(100):
         call(n + 10)
-    assert len(replayed._kinds) <= 2 + 16 and len(replayed) == 2
+    assert len(replayed._kinds) <= 2 + 16 and len(replayed) == 2 and len(captures) == 3
+
+
+def test_shapes_that_vary_without_end_are_hardly_ever_captured(counted):
+    replayed, _, captures = counted
+    shapes = random.Random(0)
+    for _ in range(2000):
+        n = shapes.randint(1, 12)
+        (found,) = replayed(torch.ones(n), [], 3.0)
+        assert torch.equal(found, torch.full((n,), 3.0))
+    assert len(replayed) == 2 and len(captures) <= 2 + 2000 // 32
+    # Other shapes, from some call on: they are found, one after the other.
+    before = len(captures)
+    for _ in range(40):
+        for n in (20, 21):
+            replayed(torch.ones(n), [], 3.0)
+    assert len(captures) == before + 2
+
+
+def test_without_graphs_the_function_runs(counted):
+    replayed, runs, captures = counted
+    replayed.enabled = False
+    for _ in range(3):
+        replayed(torch.ones(3), [], 1.0)
+    assert len(runs) == 3 and not captures
 
 
 def test_where_capturing_fails_the_function_runs():
@@ -104,6 +134,11 @@ def test_where_capturing_fails_the_function_runs():
     for _ in range(4):
         assert torch.equal(replayed(torch.zeros(2))[0], torch.ones(2))
     assert len(tries) == 1 and len(replayed) == 0
+    # Nor is each other kind tried at once.
+    for n in range(3, 9):
+        for _ in range(2):
+            replayed(torch.zeros(n))
+    assert len(tries) == 1
     assert replayed.refused == "operation not permitted when stream is capturing"
     replayed.clear()
     assert replayed.refused is None
