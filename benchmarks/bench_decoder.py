@@ -4,9 +4,9 @@ python -m benchmarks.bench_decoder [--device cuda] [--rows 1,2] [--quick] [--out
                                    [--table FILE]
 
 All target tokens are given; on a GPU also none but the first, the others being the likeliest, and
-once everything is bfloat16. There fastseq's side runs inside use_backend("cuda"), and the reference
-is timed a second time as one CUDA graph of the same call. --table writes what fastseq chooses by on
-a GPU (fastseq/ops/measured_cuda.py).
+once everything is bfloat16. There fastseq's side runs inside use_backend("cuda"), a second time
+without the CUDA graph of its loop, and the reference a second time as one of the same call. --table
+writes what fastseq chooses by on a GPU (fastseq/ops/measured_cuda.py).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from benchmarks.command import Row, command, milliseconds, step, torchs_side
 from benchmarks.gpu_table import untimed
 from benchmarks.shapes import MODES
 from fastseq import functional
-from fastseq.ops import measured_cuda
+from fastseq.ops import decoder_cuda, measured_cuda
 from fastseq.reference import decoder as reference
 from fastseq.testing import assert_matches
 from fastseq.testing_decoder import DecoderCase, decoder_case
 
 COLUMNS = (
-    "cell order tokens dtype B T S E H K C mode status fastseq_ms eager_ms captured_ms over_eager "
-    "over_captured"
+    "cell order tokens dtype B T S E H K C mode status fastseq_ms uncaptured_ms eager_ms "
+    "captured_ms over_eager over_captured"
 ).split()
 ORDERS = {"before": {}, "feeding": {"after": True, "feeds": True}}
 KINDS = {
@@ -131,12 +131,20 @@ def rows(size: tuple[int, ...], device: str, quick: bool) -> Iterator[Row]:
             assert_matches(
                 ours(short), oracle, oracle, short.inputs, short.cotangents, names=short.names
             )
-            calls = {"fastseq": step(ours(case), case, mode), "eager": eager}
+            run = step(ours(case), case, mode)
+            calls = {"fastseq": run}
             if device == "cuda":
-                calls |= captured(eager)
+
+                def uncaptured() -> object:
+                    with decoder_cuda.uncaptured():
+                        return run()
+
+                calls |= {"uncaptured": uncaptured, "eager": eager} | captured(eager)
+            else:
+                calls["eager"] = eager
             times = milliseconds(calls, device, seconds)
             said = {f"{name}_ms": f"{ms:.4f}" for name, ms in times.items()}
-            for name in times.keys() - {"fastseq"}:
+            for name in times.keys() - {"fastseq", "uncaptured"}:
                 said[f"over_{name}"] = f"{times[name] / times['fastseq']:.2f}"
             return said
 
@@ -153,7 +161,9 @@ def entry(record: dict[str, object]) -> dict[str, object]:
         return about | untimed(record["status"])
     sides = [name for name in ("eager", "captured") if f"{name}_ms" in record]
     theirs = {name: float(record[f"{name}_ms"]) for name in sides}
-    return about | {"torch": theirs, "ours": float(record["fastseq_ms"])}
+    ours = {"replayed": "fastseq_ms", "uncaptured": "uncaptured_ms"}
+    ours = {name: float(record[column]) for name, column in ours.items() if column in record}
+    return about | {"torch": theirs, "ours": ours}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -165,12 +165,14 @@ def belongs_in_graphs(
     if _device_obstacle(index) or measured_cuda.unproved(index, cell, ours):
         return False
     name, mode = measured_cuda.device_name(index), "train" if train else "inf"
+    able = recurrent_cuda.able(recurrent_cuda.limits(torch.device("cuda", index)))
     return all(
         measured_cuda.never_slower(
             name,
             measured_cuda.Kind(cell, ours, layers, directions, packed, projected, mode),
             torchs,
             H,
+            able,
         )
         for packed in ((False,) if projected else (False, True))
     )
@@ -206,7 +208,8 @@ class _GpuCall(NamedTuple):
     def torchs_reason(self) -> str | None:
         """Why it is left to torch's code; None where the kernels run it."""
         name = measured_cuda.device_name(self.device.index)
-        return measured_cuda.torchs_reason(name, self.kind, self.torchs_dtype, self.size)
+        able = recurrent_cuda.able(recurrent_cuda.limits(self.device))
+        return measured_cuda.torchs_reason(name, self.kind, self.torchs_dtype, self.size, able)
 
 
 _WAYS = {
@@ -467,7 +470,9 @@ def decoder_explanation(
         return Explanation(op, "cpu", _kernel_in_use())
     plain = _attention.plain_because(values)
     said = "Triton kernels" if plain is None else f"plain PyTorch attention ({plain})"
+    most = decoder_cuda.GRAPHS["forward"].most
     said = f"a loop of CUDA kernels and {said}, one CUDA graph from the second call of a shape on"
+    said += f", of {most} shapes at a time"
     refused = [graph.refused for graph in decoder_cuda.GRAPHS.values() if graph.refused]
     if refused:
         said += f"; the last capture failed: {refused[0]}"

@@ -11,6 +11,8 @@ Arguments and results are those of :mod:`fastseq.ops.decoder`; float32 and float
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from fastseq import _native
 from fastseq.ops import recurrent_cuda
 from fastseq.ops.graphs import Replayed
 
-__all__ = ["GRAPHS", "backward", "forward", "saved_parts"]
+__all__ = ["GRAPHS", "backward", "forward", "saved_parts", "uncaptured"]
 
 _CELLS = tuple(_native.cells().values()) if _native.loaded() else ()
 
@@ -397,6 +399,18 @@ def _two(states: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 GRAPHS = {"forward": Replayed(_forward), "backward": Replayed(_backward)}
+
+
+@contextlib.contextmanager
+def uncaptured() -> Iterator[None]:
+    """Inside, in all threads, the loop runs as it does where no graph of it is kept."""
+    for graph in GRAPHS.values():
+        graph.enabled = False
+    try:
+        yield
+    finally:
+        for graph in GRAPHS.values():
+            graph.enabled = True
 
 
 def forward(*arguments):

@@ -3,9 +3,10 @@
 The table, measured_cuda.json, is data: device, by torch.cuda.get_device_name(), to rows of
 ``benchmarks.bench_recurrent_gpu`` ("recurrent") and ``benchmarks.bench_decoder`` ("decoder"), which
 write it. A row holds the fields of a kind, sizes, ``torch``: milliseconds of torch's side by the
-dtype of its products, and those of each way of csrc/cuda that serves ("step", ..) or of the decoder
-("ours"); or, in place of all times, what was ``wrong`` with ours, or why it is ``unmeasured``. A
-device comes into the table only once the kernels have kept their error budgets on it.
+dtype of its products, and those of each way of csrc/cuda that serves ("step", ..) or of the
+decoder's loop ("ours": as a CUDA graph, "replayed", and "uncaptured"); or, in place of all times,
+what was ``wrong`` with ours, or why it is ``unmeasured``. A device comes into the table only once
+the kernels have kept their error budgets on it.
 
 Nothing is taken to be faster than torch that was not measured: a kind that a device's rows do not
 have, or none of a size like the call's, is torch's; so is whatever was wrong. What torch has no
@@ -19,7 +20,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +69,10 @@ class Size(NamedTuple):
     H: int
 
 
+# Which of WAYS can run such a call on the device, both its passes.
+Able = Callable[[Kind, Size], Collection[str]]
+
+
 class DecoderKind(NamedTuple):
     """Of a decoder with attention."""
 
@@ -113,9 +118,11 @@ def _remembered(look: Callable, *asked: Hashable):
         _found.clear()
         _found_in[:] = [TABLE]
     key = look, *asked
-    if key not in _found:
-        _found[key] = look(*asked)
-    return _found[key]
+    found = _found.get(key, _found)
+    if found is _found:
+        # (Another thread may clear what is remembered at any time.)
+        found = _found[key] = look(*asked)
+    return found
 
 
 def _is_of(row: dict, kind: NamedTuple) -> bool:
@@ -225,19 +232,21 @@ def _look(device: str, kind: Kind, size: Size) -> _Found | None:
     return _Found(said, row["torch"], {way: row[way] for way in WAYS if way in row})
 
 
-def fastest_way(device: str, kind: Kind, size: Size) -> str | None:
-    """Of csrc/cuda, at the nearest size measured of a single layer; None where nothing was, but
-    `step` of what torch has no layer for."""
-    found = _nearest(device, kind._replace(layers=1), size)
-    if found is None:
+def fastest_way(device: str, kind: Kind, size: Size, able: Able) -> str | None:
+    """Of csrc/cuda, at the nearest size measured of a single layer, among those that can run the
+    call; None where none was measured, but `step` of what torch has no layer for."""
+    kind = kind._replace(layers=1)
+    found = _nearest(device, kind, size)
+    ours = [] if found is None else [way for way in found.ours if way in able(kind, size)]
+    if not ours:
         return None if is_torchs(kind) or device not in TABLE else "step"
-    return min(found.ours, key=found.ours.get)
+    return min(ours, key=found.ours.get)
 
 
-def torchs_reason(device: str, kind: Kind, torchs_dtype: str, size: Size) -> str | None:
+def torchs_reason(device: str, kind: Kind, torchs_dtype: str, size: Size, able: Able) -> str | None:
     """Why a call is left to torch, on a GPU cuDNN; None where the kernels took less time, by the
     way they would go, at the nearest size measured of its kind, or as much."""
-    found, way = _nearest(device, kind, size), fastest_way(device, kind, size)
+    found, way = _nearest(device, kind, size), fastest_way(device, kind, size, able)
     known = is_torchs(kind)
     if found is None and not known:
         return None
@@ -251,18 +260,15 @@ def torchs_reason(device: str, kind: Kind, torchs_dtype: str, size: Size) -> str
     return f"{name} was measured faster at {found.size}: {theirs:.3g} ms, by `{way}` {ours:.3g} ms"
 
 
-def never_slower(device: str, kind: Kind, torchs_dtype: str, H: int) -> bool:
+def never_slower(device: str, kind: Kind, torchs_dtype: str, H: int, able: Able) -> bool:
     """Whether the kernels took no longer than torch at any size measured with so many units, and
     there is one: of a call whose other sizes are not known."""
-    return _remembered(_never_slower, device, kind, torchs_dtype, H)
-
-
-def _never_slower(device: str, kind: Kind, torchs_dtype: str, H: int) -> bool:
-    sizes = [
+    measured = [
         Size(*(row[letter] for letter in Size._fields))
         for row in _timed(device, "recurrent", kind, H=H)
     ]
-    reasons = [torchs_reason(device, kind, torchs_dtype, size) for size in sizes]
+    sizes = {*measured, *(size._replace(H=H) for size in measured)}
+    reasons = [torchs_reason(device, kind, torchs_dtype, size, able) for size in sizes]
     return bool(reasons) and not any(reasons)
 
 
@@ -289,9 +295,13 @@ def _slowest_decoder(device: str, kind: DecoderKind, *sizes: int | None) -> str 
     if not rows:
         return f"no decoder of such a kind and size was measured on {device}"
     for row in rows:
-        theirs = min(row["torch"].values())
-        if row["ours"] > theirs:
-            size = ", ".join(f"{letter} {row[letter]}" for letter in "BTSH")
-            times = f"{theirs:.3g} ms, the kernels' loop {row['ours']:.3g} ms"
-            return f"torch was measured faster at {size}: {times}"
+        size = ", ".join(f"{letter} {row[letter]}" for letter in "BTSH")
+        # A loop of many shapes has a graph of its own for few of them, ours or torch's.
+        for way, theirs in (
+            ("replayed", min(row["torch"].values())), ("uncaptured", row["torch"]["eager"])
+        ):  # fmt: skip
+            ours = row["ours"][way]
+            if ours > theirs:
+                times = f"{theirs:.3g} ms, the kernels' loop {way} {ours:.3g} ms"
+                return f"torch was measured faster at {size}: {times}"
     return None

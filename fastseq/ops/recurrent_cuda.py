@@ -17,6 +17,7 @@ parameters], H wide each.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "NO_PROJECTION",
     "STEP",
     "WHOLE",
+    "able",
     "backward",
     "beyond",
     "current_stream",
@@ -56,7 +58,8 @@ way = ANY_WAY
 """How a layer goes from step to step: launches a step, or one launch in all with the weights in a
 block or in several. Tests and benchmarks set it."""
 
-_CELLS = tuple(_native.cells().values()) if _native.loaded() else ()
+_BY_NAME = _native.cells() if _native.loaded() else {}
+_CELLS = tuple(_BY_NAME.values())
 
 
 NO_PROJECTION = [], [], None, None
@@ -430,9 +433,32 @@ def wanted(kind, x: Tensor, H: int, tokens: _Tokens, resets: Tensor | None, dire
 
 
 def _measured(device: torch.device, like: measured_cuda.Kind, size: measured_cuda.Size) -> int:
-    """What was fastest, if it can run the call."""
-    found = measured_cuda.fastest_way(measured_cuda.device_name(device.index), like, size)
+    """What was fastest of what can run the call."""
+    name = measured_cuda.device_name(device.index)
+    found = measured_cuda.fastest_way(name, like, size, able(limits(device)))
     return ANY_WAY if found is None else NAMES.index(found) | IF_IT_CAN
+
+
+def able(limits: tuple[int, int]) -> measured_cuda.Able:
+    """Which ways can run a call, both its passes, on a device of such :func:`limits`, by what the
+    table of measurements knows of the call; launches nothing."""
+    return lambda kind, size: _able(limits, kind, size.B, size.H)
+
+
+@functools.lru_cache(4096)
+def _able(limits: tuple[int, int], like: measured_cuda.Kind, B: int, H: int) -> tuple[str, ...]:
+    masked = "zoneout" in like.beyond
+    kind = _BY_NAME[f"zoneout_{like.cell}" if masked else like.cell]
+    if like.projected and projects_among_steps(kind):
+        return (NAMES[STEP],)
+    bytes = {"f64": 8, "f16": 2, "bf16": 2}.get(like.dtype, 4)
+
+    def runs(way: int) -> bool:
+        given = kind.number, bytes, way, H, B, like.directions
+        passes = (False, True) if like.mode == "train" else (False,)
+        return all(_native.cuda_way(*given, backward, *limits) == way for backward in passes)
+
+    return tuple(NAMES[way] for way in (STEP, WHOLE, GRID) if runs(way))
 
 
 def limits(device: torch.device) -> tuple[int, int]:

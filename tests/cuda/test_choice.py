@@ -300,7 +300,9 @@ def test_a_compiled_graph_asks_for_the_device_too(a_gpu, monkeypatch):
 def decoder_row(**changed):
     kind = measured_cuda.DecoderKind("gru")._asdict()
     sizes = dict(B=8, T=40, S=10, E=8, H=16, K=16, C=16)
-    return kind | sizes | dict(torch={"eager": 3.0, "captured": 2.0}, ours=1.0) | changed
+    times = dict(torch={"eager": 3.0, "captured": 2.0})
+    ours = {"replayed": 1.0, "uncaptured": 1.0}
+    return kind | sizes | times | {"ours": ours} | changed
 
 
 def explain_decoder(B=3, S=7, H=16, **options):
@@ -362,6 +364,13 @@ def test_a_decoder_is_torchs_where_it_took_longer_once_or_was_wrong(a_gpu, monke
     assert "torch was measured faster at B 8, T 40, S 10, H 12: 0.5 ms" in found.reason
     # Beyond what that size is like.
     assert explain_decoder(H=25).backend == "cuda"
+    # Without its graph the loop is eager torch's rival, which a call without one would be.
+    for uncaptured, backend in ((2.5, "cuda"), (3.5, "torch")):
+        ours = {"replayed": 1.0, "uncaptured": uncaptured}
+        plant(monkeypatch, decoder=[decoder_row(ours=ours)])
+        found = explain_decoder()
+        assert found.backend == backend
+    assert "3 ms, the kernels' loop uncaptured 3.5 ms" in found.reason
     wrong = {
         n: v for n, v in decoder_row(mode="inf", wrong="y").items() if n not in ("torch", "ours")
     }
@@ -379,7 +388,7 @@ def test_a_compiled_decoder_asks_by_its_units_alone(a_gpu, monkeypatch):
     kind = tuple(measured_cuda.DecoderKind("gru"))
     for rows, H, torchs in (
         ([decoder_row()], 16, False), ([decoder_row()], 64, True),
-        ([decoder_row(), decoder_row(B=99, ours=9.0)], 16, True),
+        ([decoder_row(), decoder_row(B=99, torch={"eager": 0.5})], 16, True),
     ):  # fmt: skip
         plant(monkeypatch, decoder=rows)
         torch._dynamo.reset()
@@ -435,7 +444,7 @@ def op_way(name):
 
 @pytest.mark.parametrize("fastest", ["step", "whole", "grid"])
 def test_the_way_measured_fastest_is_taken_where_it_can(a_gpu, exact, monkeypatch, fastest):
-    times = {way: 1.0 if way == fastest else 2.0 for way in measured_cuda.WAYS}
+    times = {"step": 3.0, "whole": 2.5, "grid": 2.0, fastest: 1.0}
     plant(monkeypatch, *(row(9.0, H=H, **times) for H in (96, 300)))
     assert f"`{fastest}`" in said(nn.LSTM, 20, 64, 16, H=96).reason
     x = torch.empty(20, 64, 16, device="cuda")
@@ -443,3 +452,31 @@ def test_the_way_measured_fastest_is_taken_where_it_can(a_gpu, exact, monkeypatc
     # Too large for a block: not an error.
     found = said(nn.LSTM, 20, 64, 16, H=300).reason
     assert ("`step`, a product" in found) == (fastest == "step")
+
+
+def test_no_call_is_chosen_by_the_time_of_a_way_that_cannot_run_it(a_gpu, exact, monkeypatch):
+    """The weights of 96 units fit a block, those of 128 do not, nor backward those of 120."""
+    like = dict(packed=True, I=16)
+    kind = measured_cuda.Kind("lstm", "f32", 1, 1, True, False, "train")
+
+    def chosen(H, mode="train"):
+        about = kind._replace(mode=mode), "f32"
+        found = call_like(layer=nn.LSTM, T=50, B=64, H=H, dtype=torch.float32, packed=True,
+                          train=mode == "train")  # fmt: skip
+        able = recurrent_cuda.able(H200)
+        known = measured_cuda.never_slower("a GPU", *about, H, able)
+        return found.backend, known
+
+    for grid, backend in ((8.0, "torch"), (1.5, "cuda")):
+        times = dict(whole=1.0, grid=grid, step=9.0, H=96)
+        plant(monkeypatch, row(**like, **times), row(**like, **times, mode="inf"))
+        assert chosen(96) == ("cuda", True)
+        assert chosen(128) == (backend, backend == "cuda")
+        x = torch.empty(50, 64, 16, device="cuda")
+        assert wanted(x, H=128, first=x) == op_way("grid") | recurrent_cuda.IF_IT_CAN
+    # Backward more is held.
+    for mode, ways in (("train", ("step",)), ("inf", ("step", "grid"))):
+        asked = kind._replace(cell="gru", mode=mode), measured_cuda.Size(50, 64, 16, 1136)
+        assert recurrent_cuda.able(H200)(*asked) == ways
+    plant(monkeypatch, row(**like, whole=1.0, H=96))
+    assert chosen(96) == ("cuda", True) and chosen(128) == ("torch", False)
