@@ -124,21 +124,27 @@ def cpu_floors(
     return found
 
 
+def driver_s_properties() -> dict[str, int]:
+    """Of the current GPU, rates in kHz and widths in bits, which torch leaves out where CUDA's
+    headers do."""
+    from triton.runtime import driver
+
+    return driver.active.utils.get_device_properties(torch.cuda.current_device())
+
+
 def gpu_floors(
     score: str, size: tuple[int, ...], dtype: str, mode: str, pairs: float, inside: float
 ) -> dict[str, float]:
     """Milliseconds below which this GPU cannot be, by special functions and by bytes."""
-    device = torch.cuda.get_device_properties(0)
-    # In kHz and bits; absent from some builds of torch.
-    clock = getattr(device, "clock_rate", 1_755_000) * 1e3
-    memory = getattr(device, "memory_clock_rate", 3_201_000) * 1e3
-    width = getattr(device, "memory_bus_width", 6144) / 8
+    device = driver_s_properties()
+    clock, memory = device["sm_clock_rate"] * 1e3, device["mem_clock_rate"] * 1e3
+    width = device["mem_bus_width"] / 8
     B, Q, S, K, _ = size
     passes = 2 if mode == "train" else 1
     per_term = 2 if score == "additive" else 0
     special = passes * per_term * B * Q * S * K * pairs
     return {
-        "special": special / (SPECIAL_RATE * device.multi_processor_count * clock) * 1e3,
+        "special": special / (SPECIAL_RATE * device["multiprocessor_count"] * clock) * 1e3,
         "bytes": moved_bytes(size, dtype, mode, inside) / (2 * memory * width) * 1e3,
     }
 

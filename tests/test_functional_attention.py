@@ -125,6 +125,15 @@ def test_strides(score, layout):
 
 
 @pytest.mark.parametrize("score", SCORES)
+def test_strides_of_a_single_length(score):
+    """A tensor of one element is contiguous whatever its stride."""
+    for kind in (torch.int64, torch.int32):
+        case = attention_case(score, 1, 4, 6, 8, lengths=True)
+        case.where["lengths"] = case.where["lengths"].to(kind).repeat_interleave(2)[::2]
+        check(case)
+
+
+@pytest.mark.parametrize("score", SCORES)
 def test_gradients_of_some_inputs(score):
     case = attention_case(score, 3, 4, 6, 8, extra=True, bias=True, g=True, lengths=True)
     whole = run(case)

@@ -188,6 +188,9 @@ def densely(
         if lengths is not None:
             known = lengths.dtype in (torch.int64, torch.int32)
             lengths = (lengths if known else lengths.long()).contiguous()
+            if lengths.stride(0) != 1:
+                # A single one is contiguous whatever its stride, and read as words all the same.
+                lengths = lengths.as_strided(lengths.shape, (1,))
         return (*tensors, lengths)
 
     def planned(inputs: tuple) -> Callable:

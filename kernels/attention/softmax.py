@@ -281,6 +281,6 @@ def scores_bwd_kernel(
         here = rows & (o_s < stop)[None, :]
         found = tl.load(d_p + o_rows + o_s[None, :], mask=here, other=0.0)
         p = tl.load(weights + o_rows + o_s[None, :], mask=here, other=0.0).to(tl.float32)
-        d_e = (found - mean[:, None] - rest[:, None]) * p * scale
+        d_e = tl.where(here, (found - mean[:, None] - rest[:, None]) * p * scale, 0.0)
         p_out = d_scores + o_rows + o_s[None, :]
         tl.store(p_out, d_e.to(d_scores.dtype.element_ty), mask=rows & (o_s < S)[None, :])

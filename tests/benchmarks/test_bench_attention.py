@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import types
 from pathlib import Path
 
 import pytest
@@ -79,8 +78,10 @@ def gpu(bench, monkeypatch):
     monkeypatch.setitem(bench.SIZES, "cuda", [(2, 1 + n % 2, 4, 5, 6 + n) for n in range(5)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    one = types.SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: one)
+    rates = {"sm_clock_rate": 1_755_000, "mem_clock_rate": 3_201_000, "mem_bus_width": 6144}
+    monkeypatch.setattr(
+        bench, "driver_s_properties", lambda: {"multiprocessor_count": 132, **rates}
+    )
     return bench
 
 

@@ -18,7 +18,10 @@ from fastseq.testing_attention import attention_case
 # Under it the kernels for GPUs take the place of the CPU's, which there are none of then.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
-    pytest.mark.skipif(not (_native.loaded() or INTERPRETED), reason=str(_native.why_not_loaded())),
+    pytest.mark.skipif(
+        not (_native.loaded() or INTERPRETED or torch.cuda.is_available()),
+        reason=str(_native.why_not_loaded()),
+    ),
     pytest.mark.usefixtures("device"),
 ]
 ISAS = [f"cpu {isa}" for isa in _native.available_isas()] if _native.loaded() else ["cpu"]
