@@ -313,7 +313,8 @@ def entry(row: dict[str, object]) -> dict[str, object]:
         "lengths" in form, "proj_size" in form, row["mode"],
         row["form"] if row["form"] in BEYOND else "",
     )  # fmt: skip
-    about = kind._asdict() | {letter: row[letter] for letter in measured_cuda.Size._fields}
+    about = kind._asdict() | {letter: row[letter] for letter in "TBIH"}
+    about["P"] = row["H"] // 2 if kind.projected else 0
     if row["status"] != "ok":
         return about | untimed(row["status"])
     by_torch = {own: float(row["torch_ms"])}

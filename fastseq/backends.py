@@ -156,11 +156,12 @@ def gpu_dtype(t: Tensor) -> torch.dtype:
 
 def belongs_in_graphs(
     index: int, dtype: torch.dtype, H: int, *, cell: str, layers: int, directions: int,
-    projected: bool, train: bool,
+    P: int, train: bool,
 ) -> bool:  # fmt: skip
-    """Whether torch.compile does well to take a layer on a GPU into its graph, whatever input it
-    will have. It leaves torch's own out and calls them between graphs; taken in, they unroll. So
-    does what no kernel runs, and what one was not always as fast at as cuDNN."""
+    """Whether torch.compile does well to take a layer on a GPU, of H units projected to P (0: to
+    none), into its graph, whatever input it will have. It leaves torch's own out and calls them
+    between graphs; taken in, they unroll. So does what no kernel runs, and what one was not always
+    faster at than cuDNN."""
     torchs, ours = measured_cuda.dtypes(dtype)
     if _device_obstacle(index) or measured_cuda.unproved(index, cell, ours):
         return False
@@ -169,12 +170,13 @@ def belongs_in_graphs(
     return all(
         measured_cuda.never_slower(
             name,
-            measured_cuda.Kind(cell, ours, layers, directions, packed, projected, mode),
+            measured_cuda.Kind(cell, ours, layers, directions, packed, P > 0, mode),
             torchs,
             H,
             able,
+            P,
         )
-        for packed in ((False,) if projected else (False, True))
+        for packed in ((False,) if P else (False, True))
     )
 
 
@@ -202,7 +204,9 @@ class _GpuCall(NamedTuple):
         kind = measured_cuda.Kind(
             cell, ours, layers, directions, sizes is not None, projected, mode, _beyond(options)
         )
-        size = measured_cuda.Size(T, B, x.shape[-1], params[0].shape[0] // CELLS[cell].gates)
+        # (w_hh [G*H, P].)
+        H, P = params[0].shape[0] // CELLS[cell].gates, params[1].shape[1] if projected else 0
+        size = measured_cuda.Size(T, B, x.shape[-1], H, P)
         return cls(kind, size, torchs, x.device)
 
     def torchs_reason(self) -> str | None:
@@ -296,20 +300,29 @@ def _unproved(cell: str, x: Tensor, part: str = "recurrent") -> str | None:
 
 
 def decoder_obstacle(
-    values: Tensor, params: Sequence[Tensor], kind: measured_cuda.DecoderKind
+    values: Tensor,
+    params: Sequence[Tensor],
+    kind: measured_cuda.DecoderKind,
+    T: int | None = None,
+    K: int | None = None,
 ) -> str | None:
     """Why no kernel runs a decoder with attention on such values [B, S, C], its layers' weights
-    ``params``; None where one does. Of ``kind``, dtype and mode follow from the call.
+    ``params``; None where one does. Of ``kind``, dtype and mode follow from the call; T steps and
+    keys K wide, where they are known.
 
     Raises:
         RuntimeError: it can't, and use_backend("cpu") or ("cuda") is in force.
     """
     obstacle = recurrent_obstacle(kind.cell, values, params)
-    return obstacle or _slower_decoder(values, params, kind)
+    return obstacle or _slower_decoder(values, params, kind, T, K)
 
 
 def _slower_decoder(
-    values: Tensor, params: Sequence[Tensor], kind: measured_cuda.DecoderKind
+    values: Tensor,
+    params: Sequence[Tensor],
+    kind: measured_cuda.DecoderKind,
+    T: int | None,
+    K: int | None,
 ) -> str | None:
     compiling = torch.compiler.is_compiling()
     if not values.is_cuda or not compiling and _forced.get() == "cuda":
@@ -323,7 +336,8 @@ def _slower_decoder(
     sizes = (params[min(1, len(params) - 1)].shape[-1],)
     # (Who asks without an input has a weight in its place.)
     if not compiling and values.dim() == 3:
-        sizes += values.shape[:2]
+        B, S, C = values.shape
+        sizes += (B, S, T, K, C)
     reason = measured_cuda.decoders_reason(values.device.index, tuple(kind), *sizes)
     if reason is None and not compiling:
         reason = _attention.plain_because(values)
@@ -455,6 +469,8 @@ def decoder_explanation(
     params: Sequence[Tensor],
     kind: measured_cuda.DecoderKind,
     by_steps: bool = False,
+    T: int | None = None,
+    K: int | None = None,
 ) -> Explanation:
     """What :func:`decoder_obstacle` finds, in words; ``by_steps``: of one of the location score."""
     op = "attention_decoder"
@@ -463,7 +479,7 @@ def decoder_explanation(
         return Explanation(op, "torch", reason)
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
     obstacle = obstacle or _recurrent_obstacle(kind.cell, values, params, False)
-    obstacle = obstacle or _slower_decoder(values, params, kind)
+    obstacle = obstacle or _slower_decoder(values, params, kind, T, K)
     if obstacle is not None:
         return Explanation(op, "torch", f"{obstacle}; a step at a time")
     if not values.is_cuda:

@@ -98,7 +98,10 @@ def _explain_module(module, input=None, hx=None, lengths=None, resets=None) -> E
 
 def _explain_decoder(input, hx, keys, values, params, *, cell="lstm", **kwargs) -> Explanation:
     kind = kind_of(cell, hx[0].shape[0] if hx else 1, kwargs)
-    return backends.decoder_explanation(values, params, kind, kwargs.get("location") is not None)
+    by_steps = kwargs.get("location") is not None
+    known = input.dim() > 1 and keys.dim() == 3
+    T, K = (input.shape[1], keys.shape[2]) if known else (None, None)
+    return backends.decoder_explanation(values, params, kind, by_steps, T, K)
 
 
 def _explain_attention(name, query, keys=None, values=None, *args, **keywords) -> Explanation:

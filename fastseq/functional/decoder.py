@@ -152,7 +152,7 @@ def attention_decoder(
     if known and all(forced[: input.shape[1]]) and len(forced) == input.shape[1]:
         forced = arguments["forced"] = None
     kind = kind_of(cell, hx[0].shape[0], arguments)
-    obstacle = backends.decoder_obstacle(values, params, kind)
+    obstacle = backends.decoder_obstacle(values, params, kind, input.shape[1], keys.shape[2])
     if obstacle is not None or location is not None:
         if end_token is not None:
             raise NotImplementedError(
@@ -208,10 +208,13 @@ def kind_of(cell: str, layers: int, arguments: dict[str, object]) -> measured_cu
     )
 
 
-def picks_obstacle(cell: str, values: Tensor, hidden: Tensor) -> str | None:
-    """Why the loop of one layer behind additive attention, choosing its tokens, is not one call."""
+def picks_obstacle(
+    cell: str, values: Tensor, hidden: Tensor, steps: int | None, K: int
+) -> str | None:
+    """Why the loop of one layer behind additive attention, choosing its tokens, is not one call:
+    of so many steps, if that is known, with keys K wide."""
     kind = measured_cuda.DecoderKind(cell, tokens="chosen")
-    return backends.decoder_obstacle(values, (hidden,), kind)
+    return backends.decoder_obstacle(values, (hidden,), kind, steps, K)
 
 
 def from_start(start: Tensor, steps: int) -> dict[str, object]:

@@ -343,7 +343,7 @@ class Decoder(nn.Module):
         Returns:
             tokens [B, max_length] and attention weights [B, max_length, S], zero past a row's end.
         """
-        if not self._runs_alone(hidden, encoder_outputs):
+        if not self._runs_alone(hidden, encoder_outputs, max_length):
             return None
         decoded = self._loop(attention_decoder, encoder_outputs, mask)(
             hx=(hidden, cell), end_token=end_token, **from_start(start, max_length), **tables(self)
@@ -372,10 +372,14 @@ class Decoder(nn.Module):
             start, (hidden, cell), **tables(self), **options
         )
 
-    def _runs_alone(self, hidden: Tensor, encoder_outputs: Tensor) -> bool:
+    def _runs_alone(
+        self, hidden: Tensor, encoder_outputs: Tensor, steps: int | None = None
+    ) -> bool:
         """Whether decoding without a target is one call of a kernel."""
-        obstacle = picks_obstacle("lstm", encoder_outputs, hidden)
-        return obstacle is None and self.picks_in_one_call()
+        if not self.picks_in_one_call():
+            return False
+        K = self.attention.v.weight.shape[1]
+        return picks_obstacle("lstm", encoder_outputs, hidden, steps, K) is None
 
     def picks_in_one_call(self) -> bool:
         """Whether a loop that chooses its own tokens is one call."""

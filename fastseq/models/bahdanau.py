@@ -275,7 +275,7 @@ class Decoder(nn.Module):
         Returns:
             tokens [B, max_length] and attention weights [B, max_length, S], zero past a row's end.
         """
-        if not self._runs_alone(hidden, encoder_outputs):
+        if not self._runs_alone(hidden, encoder_outputs, max_length):
             return None
         attend = self._attend_to(encoder_outputs, mask)
         more = {"end_token": end_token, **from_start(start, max_length), **tables(self)}
@@ -302,11 +302,15 @@ class Decoder(nn.Module):
         attend = self._attend_to(encoder_outputs, mask)
         return self._loop(attention_beams, start, hidden, attend, **tables(self), **options)
 
-    def _runs_alone(self, hidden: Tensor, encoder_outputs: Tensor) -> bool:
+    def _runs_alone(
+        self, hidden: Tensor, encoder_outputs: Tensor, steps: int | None = None
+    ) -> bool:
         """Whether decoding without a target is one call of a kernel."""
         drops = self.training and (self.dropout.p or self.output_dropout.p)
-        obstacle = picks_obstacle("gru", encoder_outputs, hidden)
-        return not drops and obstacle is None and self.picks_in_one_call()
+        if drops or not self.picks_in_one_call():
+            return False
+        K = self.attention.v.weight.shape[1]
+        return picks_obstacle("gru", encoder_outputs, hidden, steps, K) is None
 
     def picks_in_one_call(self) -> bool:
         """Whether the parts are what :class:`Decoder` made them, so that a loop that chooses its

@@ -222,14 +222,16 @@ class AttentionDecoder(nn.Module):
                 f"fastseq.AttentionDecoder: expected max_length of at least 1, got {max_length}"
             )
         chosen = (True, False)
-        stops = self.explained(start, hx, encoder_outputs, forced=chosen).backend != "torch"
+        given = from_start(start, max_length)
+        known = self.explained(given["input"], hx, encoder_outputs, forced=chosen)
+        stops = known.backend != "torch"
         decoded = self._run(
             hx=hx,
             encoder_outputs=encoder_outputs,
             lengths=lengths,
             mask=mask,
             end_token=end_token if stops else None,
-            **from_start(start, max_length),
+            **given,
         )
         tokens, weights = decoded.tokens[:, 1:], decoded.weights
         if end_token is None or stops:
@@ -282,7 +284,9 @@ class AttentionDecoder(nn.Module):
         known = self._options() | {"forced": keywords.get("forced")}
         kind = kind_of(self.cell, self.rnn.num_layers, known)
         by_steps = self.location_conv is not None
-        return backends.decoder_explanation(values, weights, kind, by_steps)
+        T = input.shape[1] if isinstance(input, Tensor) and input.dim() > 1 else None
+        K = values.shape[-1] if known["v"] is None else known["v"].shape[0]
+        return backends.decoder_explanation(values, weights, kind, by_steps, T, K)
 
     def _source(self, encoder_outputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Keys, values and the layers' weights."""

@@ -168,7 +168,7 @@ class _FastLayer:
             cell=self.cell_name,
             layers=self.num_layers,
             directions=2 if self.bidirectional else 1,
-            projected=self.proj_size > 0,
+            P=self.proj_size,
             train=torch.is_grad_enabled() and weights[0].requires_grad,
         )
 

@@ -273,7 +273,8 @@ def forward(cell, x, h0, c0, weights, has_biases, directions, batch_sizes, lengt
             given = Among.of(sides, tokens, masks, x)
             flat, more = given.masks, (given.w_hr, given.keep, raw, handed)
         torch.ops.fastseq.recurrent_cuda_fwd(
-            cell, wanted(kind, x, H, tokens, resets, D, save, projected), stream, tokens.steps, zx,
+            cell, wanted(kind, x, H, tokens, resets, D, save, sides[0].w_hr), stream, tokens.steps,
+            zx,
             [side.recurrent(behind) for side in sides], b_hh,
             [_params(kind, side) for side in sides if kind.params], flat, tokens.first,
             tokens.lengths, tokens.flat(resets), h, c, y, kept, *more,
@@ -355,7 +356,7 @@ def backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, has_biases, directions, b
             before = raw.view(tokens.count, D, H)
             dy_h, dh_h = behind.gradients_of_steps(dy, dh_n, before, tokens.without_padding)
         torch.ops.fastseq.recurrent_cuda_bwd(
-            cell, wanted(kind, x, H, tokens, resets, D, True, projected), stream, tokens.steps,
+            cell, wanted(kind, x, H, tokens, resets, D, True, sides[0].w_hr), stream, tokens.steps,
             tokens.rows,
             kept, dy_h, dh_h, dc_n, h0_h, c0, [side.recurrent(behind) for side in sides],
             [_params(kind, side) for side in sides if kind.params], flat, tokens.first,
@@ -418,7 +419,7 @@ _BEYOND = ("lengths", "resets", "zoneout")
 
 
 def wanted(kind, x: Tensor, H: int, tokens: _Tokens, resets: Tensor | None, directions: int,
-           train: bool, projected: bool) -> int:  # fmt: skip
+           train: bool, w_hr: Tensor | None) -> int:  # fmt: skip
     """The way to go, for the op: ``way``, or what was fastest where something was measured."""
     if way != ANY_WAY or not measured_cuda.TABLE or not x.is_cuda:
         return way
@@ -426,9 +427,10 @@ def wanted(kind, x: Tensor, H: int, tokens: _Tokens, resets: Tensor | None, dire
     packed, mode = tokens.first is not None, "train" if train else "inf"
     more = beyond(tokens.has_padding, resets is not None, bool(kind.masks))
     like = measured_cuda.Kind(
-        kind.reference, dtype, 1, directions, packed, projected, mode, more
+        kind.reference, dtype, 1, directions, packed, w_hr is not None, mode, more
     )  # fmt: skip
-    size = measured_cuda.Size(tokens.steps, tokens.rows, x.shape[-1], H)
+    P = 0 if w_hr is None else w_hr.shape[0]
+    size = measured_cuda.Size(tokens.steps, tokens.rows, x.shape[-1], H, P)
     return _measured(x.device, like, size)
 
 

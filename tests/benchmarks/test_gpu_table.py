@@ -91,7 +91,7 @@ def test_every_case_is_checked_timed_and_chosen_by(host, tmp_path, monkeypatch):
     assert status == 0 and [row["status"] for row in rows] == ["ok"] * 10
     assert table["another"] == {"recurrent": [1]} and table["a GPU"].keys() == {"old", "recurrent"}
     monkeypatch.setattr(measured_cuda, "TABLE", table)
-    size = Size(3, 4, 5, 6)
+    size = Size(3, 4, 5, 6, 3)
     for mode in ("train", "inf"):
         for kind in (
             Kind("lstm", "f32", 1, 1, False, False, mode),
@@ -307,7 +307,7 @@ def test_decoders_come_into_the_table_by_their_kind(host, tmp_path, monkeypatch)
     assert status == 0 and {row["status"] for row in rows} == {"ok"}
     monkeypatch.setattr(measured_cuda, "TABLE", table)
     monkeypatch.setattr(measured_cuda, "device_name", lambda index: "a GPU")
-    sizes = (6, 2, 4)
+    sizes = (6, 2, 4, 7, 7, 8)
     for cell, order, tokens, dtype in bench_decoder.KINDS["cuda"]:
         for mode in ("train", "inf"):
             kind = DecoderKind(cell, order, tokens=tokens, dtype=dtype, mode=mode)

@@ -16,7 +16,7 @@ def row(torchs=2.0, **changed):
     times = {"step": 1.0} if not changed.keys() & {*measured_cuda.WAYS} else {}
     kind = measured_cuda.Kind("lstm", "f32", 1, 1, False, False, "train")._asdict()
     theirs = torchs if isinstance(torchs, dict) else {n: torchs for n in ("f32", "bf16", "f16")}
-    return kind | dict(T=50, B=64, I=512, H=512, torch=theirs) | times | changed
+    return kind | dict(T=50, B=64, I=512, H=512, P=0, torch=theirs) | times | changed
 
 
 def plant(monkeypatch, *rows, decoder=()):

@@ -126,6 +126,24 @@ def test_whichever_was_measured_faster_runs(a_gpu, exact, monkeypatch, torchs, o
             assert said(nn.LSTM, 20, 32, 16, H=500).backend == "cuda"
 
 
+@pytest.mark.parametrize("ours", [0.89, 0.95])
+def test_of_other_rows_or_units_ours_must_have_been_ten_percent_faster(
+    a_gpu, exact, monkeypatch, ours
+):
+    plant(monkeypatch, row(1.0, step=ours), row(1.0, step=ours, packed=True))
+    kind = measured_cuda.Kind("lstm", "f32", 1, 1, False, False, "train")
+    able = recurrent_cuda.able(H200)
+    for B, H in ((64, 512), (63, 512), (64, 500)):
+        found = said(nn.LSTM, 50, B, 512, H=H)
+        runs = ours < 0.9 or (B, H) == (64, 512)
+        assert found.backend == ("cuda" if runs else "torch"), (B, H)
+        # Compiled, for whatever B.
+        assert measured_cuda.never_slower("a GPU", kind, "f32", H, able) == (ours < 0.9)
+    if ours > 0.9:
+        said_so = "cuDNN was measured less than 10 % slower at T 50, B 64, H 512: 1 ms, by `step`"
+        assert f"{said_so} 0.95 ms" in found.reason
+
+
 # What a call must have in common with the only row there is, `torch.nn.GRU(16, 512)` in training.
 OTHERS = {
     "more units": dict(H=1025),
@@ -180,7 +198,7 @@ def test_each_row_speaks_for_its_own_kind(a_gpu, exact, monkeypatch):
         dict(directions=2),
         dict(layers=2),
         dict(packed=True),
-        dict(projected=True, cell="lstm"),
+        dict(projected=True, P=8, cell="lstm"),
         dict(mode="inf"),
         dict(dtype="f16"),
     ]
@@ -198,10 +216,17 @@ def test_each_row_speaks_for_its_own_kind(a_gpu, exact, monkeypatch):
 
 def test_a_projection_is_chosen_by_rows_that_are_projected(a_gpu, exact, monkeypatch):
     fast, slow = dict(step=9.0, whole=1.0), dict(step=1.0, whole=9.0)
-    plant(monkeypatch, row(H=96, **slow), row(H=96, I=96, projected=True, **fast))
-    projected, plain = (said(nn.LSTM, 50, 64, 96, H=96, proj_size=P) for P in (8, 0))
-    assert "`whole`" in projected.reason and projected.backend == "cuda"
-    assert "`step`" in plain.reason and plain.backend == "cuda"
+    plant(monkeypatch, row(H=96, **slow), row(H=96, I=96, projected=True, P=48, **fast))
+    assert "`step`" in said(nn.LSTM, 50, 64, 96, H=96).reason
+    able = recurrent_cuda.able(H200)
+    kind = measured_cuda.Kind("lstm", "f32", 1, 1, False, True, "train")
+    # Of a width like that measured.
+    for P, backend in ((24, "cuda"), (48, "cuda"), (95, "cuda"), (23, "torch"), (8, "torch")):
+        found = said(nn.LSTM, 50, 64, 96, H=96, proj_size=P)
+        assert found.backend == backend, P
+        assert ("`whole`" if backend == "cuda" else "no call of such a kind") in found.reason
+        whatever = measured_cuda.never_slower("a GPU", kind, "f32", 96, able, P)
+        assert whatever == (backend == "cuda"), P
     plant(monkeypatch, row(H=96, **slow))
     assert said(nn.LSTM, 50, 64, 96, H=96, proj_size=8).backend == "torch"
 
@@ -305,14 +330,40 @@ def decoder_row(**changed):
     return kind | sizes | times | {"ours": ours} | changed
 
 
-def explain_decoder(B=3, S=7, H=16, **options):
+def explain_decoder(B=3, S=7, H=16, T=10, K=16, C=16, **options):
     kind = options.pop("kind", "gru")
     cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[kind](8, H, device="cuda")
-    keys = torch.empty(B, S, 16, device="cuda")
+    keys, values = (torch.empty(B, S, width, device="cuda") for width in (K, C))
     h = [torch.empty(options.pop("layers", 1), B, H, device="cuda")] * (1 + (kind == "lstm"))
-    given = (torch.empty(B, 5, 8, device="cuda"), h, keys, keys, list(cell.parameters()))
-    v = torch.empty(16, device="cuda")
+    given = (torch.empty(B, T, 8, device="cuda"), h, keys, values, list(cell.parameters()))
+    v = torch.empty(K, device="cuda")
     return fastseq.explain(functional.attention_decoder, *given, cell=kind, **{"v": v} | options)
+
+
+def test_a_decoder_s_steps_and_widths_count(a_gpu, monkeypatch):
+    monkeypatch.setattr(fastseq.backends._attention, "plain_because", lambda *given: None)
+    plant(monkeypatch, decoder=[decoder_row()])
+    for like in (dict(T=10), dict(T=500), dict(K=8), dict(K=32), dict(C=8), dict(C=32)):
+        assert explain_decoder(**like).backend == "cuda", like
+    for other in (dict(T=9), dict(K=7), dict(K=33), dict(C=7), dict(C=33)):
+        assert "no decoder of such a kind" in explain_decoder(**other).reason, other
+    # Where T is not known, all that was measured counts.
+    slower = decoder_row(T=80, torch={"eager": 0.5})
+    plant(monkeypatch, decoder=[decoder_row(), slower])
+    assert explain_decoder(T=10).backend == "cuda" and explain_decoder(T=20).backend == "torch"
+    assert measured_cuda.decoders_reason(0, tuple(measured_cuda.DecoderKind("gru")), 16)
+
+
+def test_a_decoder_of_other_rows_must_have_been_ten_percent_faster(a_gpu, monkeypatch):
+    monkeypatch.setattr(fastseq.backends._attention, "plain_because", lambda *given: None)
+    kind = tuple(measured_cuda.DecoderKind("gru"))
+    for ours in (0.89, 0.95):
+        times = dict(torch={"eager": 1.0}, ours={"replayed": ours, "uncaptured": ours})
+        plant(monkeypatch, decoder=[decoder_row(**times)])
+        for B, H in ((8, 16), (7, 16), (8, 15)):
+            backend = "cuda" if ours < 0.9 or (B, H) == (8, 16) else "torch"
+            assert explain_decoder(B=B, H=H).backend == backend, (ours, B, H)
+        assert (measured_cuda.decoders_reason(0, kind, 16) is None) == (ours < 0.9)
 
 
 def test_a_single_step_stays_torchs(a_gpu, monkeypatch):
@@ -401,19 +452,21 @@ def test_decoders_that_choose_their_tokens_ask_the_same(a_gpu, monkeypatch):
     values, hidden = torch.empty(3, 7, 16, device="cuda"), torch.empty(1, 3, 16, device="cuda")
     plant(monkeypatch, decoder=[decoder_row(mode="inf")])
     with torch.no_grad():
-        assert "no decoder of such" in picks_obstacle("gru", values, hidden)
+        assert "no decoder of such" in picks_obstacle("gru", values, hidden, 12, 16)
         plant(monkeypatch, decoder=[decoder_row(mode="inf", tokens="chosen")])
-        assert picks_obstacle("gru", values, hidden) is None
+        assert picks_obstacle("gru", values, hidden, 12, 16) is None
+        assert picks_obstacle("gru", values, hidden, 9, 16)
         module = nn.AttentionDecoder(9, 8, 16, 16, cell="gru", device="cuda")
         start = torch.zeros(3, dtype=torch.long, device="cuda")
         assert module.explained(start, hidden, values, forced=(True, False)).backend == "cuda"
         assert module.explained(start, hidden, values).backend == "torch"
 
 
-def wanted(x, H=96, train=True, projected=False, first=None, lengths=None, resets=None):
+def wanted(x, H=96, train=True, P=0, first=None, lengths=None, resets=None):
     """What the op goes by."""
     tokens = recurrent_cuda._tokens(x, None, None, lengths)._replace(first=first)
-    return recurrent_cuda.wanted(op.CELLS["lstm"], x, H, tokens, resets, 1, train, projected)
+    w_hr = torch.empty(P, H, device="cuda") if P else None
+    return recurrent_cuda.wanted(op.CELLS["lstm"], x, H, tokens, resets, 1, train, w_hr)
 
 
 def test_the_op_goes_by_rows_like_its_call(a_gpu, exact, monkeypatch):
@@ -423,14 +476,15 @@ def test_the_op_goes_by_rows_like_its_call(a_gpu, exact, monkeypatch):
         monkeypatch,
         row(**like, **step),
         row(mode="inf", **like, **grid),
-        row(projected=True, **like, **grid),
+        row(projected=True, P=48, **like, **grid),
         row(packed=True, **like, **grid),
         row(beyond="lengths resets", **like, **grid),
     )
     x = torch.empty(100, 20, 16, device="cuda")
     by_step, by_grid = (way | recurrent_cuda.IF_IT_CAN for way in (op_way("step"), op_way("grid")))
     assert wanted(x) == by_step
-    assert wanted(x, train=False) == wanted(x, projected=True) == wanted(x, first=x) == by_grid
+    assert wanted(x, train=False) == wanted(x, P=24) == wanted(x, first=x) == by_grid
+    assert wanted(x, P=23) == recurrent_cuda.ANY_WAY
     lengths = torch.empty(20, dtype=torch.int64, device="cuda")
     assert wanted(x, lengths=lengths, resets=lengths) == by_grid
     assert wanted(x, lengths=lengths) == by_step

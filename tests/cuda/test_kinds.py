@@ -178,7 +178,7 @@ def test_autocast_does_not_choose_again_inside(cell):
 
 def test_a_compiler_takes_in_what_was_always_as_fast(a_gpu, exact, monkeypatch):
     def taken(H=512, dtype=torch.float32, **changed):
-        about = dict(cell="gru", layers=1, directions=1, projected=False, train=True) | changed
+        about = dict(cell="gru", layers=1, directions=1, P=0, train=True) | changed
         return backends.belongs_in_graphs(0, dtype, H, **about)
 
     like = dict(cell="gru")
@@ -206,5 +206,5 @@ def test_the_compiler_is_asked_of_layers_of_torchs_on_a_gpu(a_gpu, monkeypatch):
         assert layer._belongs_in_graphs() and not asked
     layer = nn.LSTM(4, 6, 2, bidirectional=True, proj_size=3, device="cuda")
     assert not layer._belongs_in_graphs()
-    about = dict(cell="lstm", layers=2, directions=2, projected=True, train=True)
+    about = dict(cell="lstm", layers=2, directions=2, P=3, train=True)
     assert asked == [((0, torch.float32, 6), about)]
