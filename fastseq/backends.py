@@ -112,7 +112,12 @@ def bfloat16_units() -> tuple[str, ...]:
 
 
 def torch_is_faster(
-    cell: str, x: Tensor, one_step: bool = False, params: Sequence[Tensor] = (), options=None
+    cell: str,
+    x: Tensor,
+    one_step: bool = False,
+    params: Sequence[Tensor] = (),
+    options=None,
+    hx: Tensor | Sequence[Tensor] | None = None,
 ) -> str | None:
     """Why a call both could run is left to torch's code; None where the kernel is to run it.
 
@@ -120,7 +125,8 @@ def torch_is_faster(
         cell: of the call.
         x: the input.
         one_step: whether the call is a single step of a cell, x [B, I].
-        params, options: its weights and what else it takes (functional's Options), if known.
+        params, options, hx: its weights, what else it takes (functional's Options), and its states,
+            if known.
     """
     if torch.compiler.is_compiling() or _forced.get() in ("cpu", "cuda"):
         return None
@@ -128,7 +134,9 @@ def torch_is_faster(
         # (A cell is one kernel of torch's own behind two products, as it would be here.)
         if one_step:
             return "torch's cell takes as many launches"
-        return None if options is None else _GpuCall.of(cell, x, params, options).torchs_reason()
+        if options is None:
+            return None
+        return _GpuCall.of(cell, x, params, options, hx).torchs_reason()
     if cell == "lstm" and not one_step and x.numel() and not _beyond(options):
         lowered = x.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if lowered else x.dtype
@@ -189,7 +197,7 @@ class _GpuCall(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, cell, x, params, options) -> _GpuCall:
+    def of(cls, cell, x, params, options, hx) -> _GpuCall:
         sizes, layers = options.batch_sizes, options.num_layers
         if sizes is None:
             T, B = x.shape[:2][:: -1 if options.batch_first else 1]
@@ -198,7 +206,8 @@ class _GpuCall(NamedTuple):
         directions = 2 if options.bidirectional else 1
         own = 2 + 2 * options.has_biases + len(_REFERENCE[cell].extras)
         projected = len(params) // (layers * directions) > own
-        needed = torch._C._any_requires_grad(x, *params)
+        states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
+        needed = torch._C._any_requires_grad(x, *states, *params)
         mode = "train" if torch.is_grad_enabled() and needed else "inf"
         torchs, ours = measured_cuda.dtypes(gpu_dtype(x))
         kind = measured_cuda.Kind(
@@ -444,19 +453,20 @@ def recurrent_explanation(
     one_step: bool = False,
     plain: bool = True,
     options=None,
+    hx: Tensor | Sequence[Tensor] | None = None,
 ) -> Explanation:
     """What :func:`recurrent_obstacle` and :func:`torch_is_faster` find, in words; ``options`` where
     they are known, else whether the call is ``plain``: without lengths, resets or zoneout."""
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
     obstacle = obstacle or _recurrent_obstacle(cell, x, params, False)
     if plain or options is not None:
-        obstacle = obstacle or torch_is_faster(cell, x, one_step, params, options)
+        obstacle = obstacle or torch_is_faster(cell, x, one_step, params, options, hx)
     if obstacle is not None:
         return Explanation(cell, "torch", obstacle)
     if x.is_cuda:
         said = "the CUDA kernels" + (" (use_backend('cuda'))" if _forced.get() == "cuda" else "")
         if options is not None:
-            call = _GpuCall.of(cell, x, params, options)
+            call = _GpuCall.of(cell, x, params, options, hx)
             said += f": {_cuda_ways(call, gpu_dtype(x), any(options.zoneout))}"
         elif plain and _forced.get() != "cuda" and not _REFERENCE[cell].extras:
             said += " for calls of a kind and size at which they were measured faster than torch's"

@@ -93,6 +93,7 @@ def _explain_module(module, input=None, hx=None, lengths=None, resets=None) -> E
         one_step=one_step,
         plain=lengths is None and resets is None and not any(zoneout),
         options=options,
+        hx=hx,
     )
 
 
@@ -116,5 +117,5 @@ def _explain_function(name, input, hx=None, params=(), *args, **kwargs) -> Expla
     options = options._replace(zoneout=check_zoneout(name, options.zoneout))
     plain = options.lengths is None and options.resets is None and not any(options.zoneout)
     return backends.recurrent_explanation(
-        name, input, params, plain=plain, options=options if params else None
+        name, input, params, plain=plain, options=options if params else None, hx=hx
     )

@@ -227,7 +227,7 @@ def call(cell, input, hx, params, options):
     """:func:`lstm` and the others: checked, then by the kernel, torch or the reference."""
     options = check(cell, input, hx, params, options)
     left = backends.recurrent_obstacle(cell, input, params) or backends.torch_is_faster(
-        cell, input, False, params, options
+        cell, input, False, params, options, hx
     )
     if left is None:
         return stack(cell, input, hx, params, options)

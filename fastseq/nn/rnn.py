@@ -104,7 +104,7 @@ class _FastLayer:
         )
         if serves and not more:
             left = backends.recurrent_obstacle(cell, x, weights) or backends.torch_is_faster(
-                cell, x, False, weights, options
+                cell, x, False, weights, options, state
             )
             if left and self._is_torchs and not backends.transform_obstacle():
                 return super().forward(input, hx)

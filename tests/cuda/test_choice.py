@@ -186,6 +186,15 @@ def test_what_was_not_measured_is_torchs(a_gpu, monkeypatch):
     module = nn.GRU(16, 512, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     x = torch.empty(50, 64, 16, device="cuda", dtype=torch.bfloat16)
     assert fastseq.explain(module, x).backend == "cuda"
+    for hx in (x.new_empty(1, 64, 512), x.new_empty(1, 64, 512).requires_grad_()):
+        depends = "torch" if hx.requires_grad else "cuda"
+        assert fastseq.explain(module, x, hx).backend == depends
+        by_function = functional.gru, x, hx, list(module.parameters())
+        assert fastseq.explain(*by_function).backend == depends
+        left = fastseq.backends.torch_is_faster(
+            "gru", x, False, by_function[3], fastseq.functional._checks.Options(), hx
+        )
+        assert (left is not None) == hx.requires_grad
     # What torch has no layer for is nobody else's.
     assert said(nn.LSTM, 20, 64, 16, H=512, zoneout=0.1).backend == "cuda"
 
@@ -305,6 +314,16 @@ def test_what_was_wrong_is_torchs_with_all_of_its_cell_and_dtype(a_gpu, exact, m
 
 
 WAYS_AND_TORCH = {*measured_cuda.WAYS, "torch"}
+
+
+def test_another_thread_may_forget_what_was_found(monkeypatch):
+    class Forgetful(dict):
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            self.clear()
+
+    monkeypatch.setattr(measured_cuda, "_found", Forgetful())
+    assert measured_cuda._remembered(abs, -3) == measured_cuda._remembered(abs, -3) == 3
 
 
 def test_a_compiled_graph_asks_for_the_device_too(a_gpu, monkeypatch):
