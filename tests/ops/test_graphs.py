@@ -115,6 +115,13 @@ def test_shapes_that_vary_without_end_are_hardly_ever_captured(counted):
     assert len(captures) == before + 2
 
 
+def test_graphs_long_idle_give_way_one_after_the_other(counted):
+    replayed, _, captures = counted
+    for n in (1, 2, 1, 2, *range(100, 140), 20, 20, 21, 21):
+        replayed(torch.ones(n), [], 3.0)
+    assert len(captures) == 3
+
+
 def test_without_graphs_the_function_runs(counted):
     replayed, runs, captures = counted
     replayed.enabled = False
