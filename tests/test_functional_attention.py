@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 
@@ -131,6 +132,16 @@ def test_strides_of_a_single_length(score):
         case = attention_case(score, 1, 4, 6, 8, lengths=True)
         case.where["lengths"] = case.where["lengths"].to(kind).repeat_interleave(2)[::2]
         check(case)
+
+
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_beyond_lengths_no_gradient_of_any_cotangent(score):
+    case = attention_case(score, 2, 3, 20, 8)
+    case.where["lengths"] = torch.tensor([7, 20], device=case.inputs["keys"].device)
+    case.cotangents[0][0, 1, 2] = math.inf
+    found = run(case)
+    assert not found["grad keys"][0, :7].isfinite().all()
+    assert not found["grad keys"][0, 7:].any()
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -34,6 +34,7 @@ SHARED = {
         "one_output and f32",
         "every_mask_and_dtype and True-query and (location or general)",
         "beyond_the_range",
+        "any_cotangent",
         "memory",
         "share_no_memory",
         "autocast",
