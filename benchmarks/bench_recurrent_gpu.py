@@ -31,6 +31,7 @@ from benchmarks.command import (
     in_time,
     milliseconds,
     torchs_side,
+    unmeasured,
     write_csv,
 )
 from benchmarks.gpu_table import untimed, write_part
@@ -292,14 +293,14 @@ def rows(quick: bool, seconds: float, within: float | None = None) -> Iterator[d
             said = "; ".join(f"{way} is wrong: {error}" for way, error in errors.items() if error)
             serve = [way for way, error in errors.items() if error is None]
         except UNMEASURED as error:
-            said = f"unmeasured: {error}".splitlines()[0]
+            said = unmeasured(error)
         for mode in ("train", "inf"):
             found = {"status": said}
             if not said:
                 try:
                     found = measure(case, form, serve, mode, seconds, dtype)
                 except UNMEASURED as error:
-                    found = {"status": f"unmeasured: {error}".splitlines()[0]}
+                    found = {"status": unmeasured(error)}
                 except RuntimeError as error:
                     found = {"status": f"failed: {str(error).splitlines()[0]}"}
             yield about | {"mode": mode} | found

@@ -32,6 +32,7 @@ __all__ = [
     "select",
     "step",
     "torchs_side",
+    "unmeasured",
     "write_csv",
 ]
 
@@ -46,6 +47,11 @@ class Unmeasured(RuntimeError):
 
 # Says nothing of ours.
 UNMEASURED = (Unmeasured, torch.OutOfMemoryError)
+
+
+def unmeasured(error: Exception) -> str:
+    """A row's status for one of ``UNMEASURED``, as gpu_table reads it."""
+    return f"unmeasured: {error}".splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -79,7 +85,7 @@ class Row:
         except AssertionError as error:
             return self.labels | {"status": f"wrong: {error}"}
         except UNMEASURED as error:
-            return self.labels | {"status": f"unmeasured: {error}".splitlines()[0]}
+            return self.labels | {"status": unmeasured(error)}
         # A row that cannot run, for want of memory or a compiler, must not take others with it.
         except Exception as error:
             traceback.print_exc()

@@ -137,12 +137,12 @@ def torch_is_faster(
         if options is None:
             return None
         return _GpuCall.of(cell, x, params, options, hx).torchs_reason()
-    if cell == "lstm" and not one_step and x.numel() and not _beyond(options):
+    if cell == "lstm" and not one_step and x.numel():
         lowered = x.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if lowered else x.dtype
         # oneDNN multiplies bfloat16 as it stands then; else it takes three times what the kernels
         # need in float32, conversions included.
-        if dtype is torch.bfloat16 and (units := bfloat16_units()):
+        if dtype is torch.bfloat16 and (units := bfloat16_units()) and not _beyond(options):
             return f"torch's LSTM is faster in bfloat16 on a CPU with {units[0]}"
     return None
 

@@ -188,6 +188,14 @@ _SHORTER = 4
 _ELSEWHERE = 0.9
 
 
+def _torch_was(ours: float, theirs: float, exact: bool) -> str | None:
+    """What torch was that ours does not serve for; None where it does. exact: whether rows and
+    units measured were the call's."""
+    if ours <= theirs * (1 if exact else _ELSEWHERE):
+        return None
+    return "faster" if ours > theirs else "less than 10 % slower"
+
+
 class _Found(NamedTuple):
     """The row of a kind that comes nearest to a size, H first."""
 
@@ -270,13 +278,12 @@ def torchs_reason(
     if ours is None or theirs is None:
         return f"no call of such a kind and size was measured on {device}"
     at = found.size
-    exact = not sampled and (at.B, at.H) == (size.B, size.H)
-    if ours <= theirs * (1 if exact else _ELSEWHERE):
+    was = _torch_was(ours, theirs, not sampled and (at.B, at.H) == (size.B, size.H))
+    if was is None:
         return None
     name = "cuDNN" if known else "plain PyTorch"
-    faster = "faster" if ours > theirs else "less than 10 % slower"
     said = ", ".join(f"{letter} {getattr(at, letter)}" for letter in "TBH")
-    return f"{name} was measured {faster} at {said}: {theirs:.3g} ms, by `{way}` {ours:.3g} ms"
+    return f"{name} was measured {was} at {said}: {theirs:.3g} ms, by `{way}` {ours:.3g} ms"
 
 
 def never_slower(
@@ -318,15 +325,15 @@ def _slowest_decoder(device: str, kind: DecoderKind, *sizes: int | None) -> str 
     if not rows:
         return f"no decoder of such a kind and size was measured on {device}"
     for row in rows:
+        exact = known.get("B") == row["B"] and known["H"] == row["H"]
         size = ", ".join(f"{letter} {row[letter]}" for letter in "BTSH")
         # A loop of many shapes has a graph of its own for few of them, ours or torch's.
         for way, theirs in (
             ("replayed", min(row["torch"].values())), ("uncaptured", row["torch"]["eager"])
         ):  # fmt: skip
             ours = row["ours"][way]
-            exact = known.get("B") == row["B"] and known["H"] == row["H"]
-            if ours > theirs * (1 if exact else _ELSEWHERE):
-                faster = "faster" if ours > theirs else "less than 10 % slower"
+            was = _torch_was(ours, theirs, exact)
+            if was is not None:
                 times = f"{theirs:.3g} ms, the kernels' loop {way} {ours:.3g} ms"
-                return f"torch was measured {faster} at {size}: {times}"
+                return f"torch was measured {was} at {size}: {times}"
     return None
