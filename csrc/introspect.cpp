@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/dispatch.h"
+#include "cpu/support/tiles.h"
 #include "cuda/recurrent/recurrent.h"
 
 #define FASTSEQ_EXPORT extern "C" __attribute__((visibility("default")))
@@ -33,6 +34,19 @@ FASTSEQ_EXPORT int fastseq_use_isa(const char* isa) { return fastseq::use_isa(is
 FASTSEQ_EXPORT int fastseq_built_count() { return fastseq::built_count(); }
 FASTSEQ_EXPORT const char* fastseq_built_isa(int i) { return fastseq::built(i).isa; }
 FASTSEQ_EXPORT int fastseq_machine_has(int i) { return fastseq::machine_has(i); }
+
+// How products of bfloat16 are made in tiles: "amx", "emulated" or "off", and why.
+FASTSEQ_EXPORT const char* fastseq_tiles() { return fastseq::tiles_name(); }
+FASTSEQ_EXPORT const char* fastseq_tiles_reason() { return fastseq::tiles_reason(); }
+FASTSEQ_EXPORT int fastseq_use_tiles(const char* name) { return fastseq::use_tiles(name); }
+// One product as csrc/cpu/support/tiles.h lays it out. Returns 0, or 1 where the way is "off".
+FASTSEQ_EXPORT int fastseq_multiply_tiles(const uint16_t* a, const uint16_t* b, int64_t blocks,
+                                          int rows, int columns, int parts, float* out) {
+  const fastseq::MultiplyTiles multiply = fastseq::multiply_tiles();
+  if (!multiply) return 1;
+  multiply({a, b, blocks, rows, columns, parts, out});
+  return 0;
+}
 
 // The cells that recurrent_fwd knows, by number.
 FASTSEQ_EXPORT int fastseq_cell_count() { return fastseq::cell_count(); }
@@ -96,8 +110,8 @@ FASTSEQ_EXPORT int fastseq_gemm_f32(const char* isa, const float* a, const float
                                     int64_t M, int64_t N, int64_t K) {
   const fastseq::Kernels* k = find(isa);
   if (!k) return 1;
-  const fastseq::Gemm<float> g{M,       N, K, a,     K, 1, nullptr, b,      N,
-                               nullptr, c, N, false, 0, 0, nullptr, nullptr};
+  const fastseq::Gemm<float> g{M,       N, K, a,     K, 1, nullptr, b,       N,
+                               nullptr, c, N, false, 0, 0, nullptr, nullptr, {}};
   k->basic.f32->gemm(g, fastseq::Threads{1, nullptr});
   return 0;
 }

@@ -1,7 +1,8 @@
 """The native library: finding it, loading it, asking it what it holds.
 
 Set FASTSEQ_NATIVE=0 to run as if it had not been built, FASTSEQ_CPU_ISA to use a narrower
-instruction set than this machine has.
+instruction set than this machine has, FASTSEQ_AMX=off to leave AMX alone, or emulated to have its
+arithmetic without it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ __all__ = [
     "kernels",
     "loaded",
     "set_isa",
+    "set_tiles",
+    "tiles",
+    "tiles_reason",
     "why_no_eager",
     "why_not_loaded",
 ]
@@ -49,6 +53,9 @@ def _declare(handle: ctypes.CDLL) -> None:
         "fastseq_built_count": number,
         "fastseq_machine_has": number,
         "fastseq_use_isa": number,
+        "fastseq_tiles": text,
+        "fastseq_tiles_reason": text,
+        "fastseq_use_tiles": number,
         "fastseq_cell_name": text,
         "fastseq_cuda_built": number,
         "fastseq_cuda_obstacle": text,
@@ -149,6 +156,28 @@ def set_isa(name: str) -> None:
     """
     if not library().fastseq_use_isa(name.encode()):
         raise ValueError(f"fastseq.set_isa: expected one of {available_isas()}, got {name!r}")
+
+
+def tiles() -> str:
+    """How bfloat16 is multiplied in tiles where torch's switches of precision permit it: by "amx",
+    "emulated" (for tests: AMX's arithmetic without AMX), or "off"."""
+    return library().fastseq_tiles().decode() if isa() == "avx512" else "off"
+
+
+def tiles_reason() -> str:
+    """Why that way; FASTSEQ_AMX=off or emulated chooses another."""
+    handle = library()
+    return handle.fastseq_tiles_reason().decode() if isa() == "avx512" else f"{isa()} is in use"
+
+
+def set_tiles(name: str) -> None:
+    """Use another way from now on, in every thread.
+
+    Raises:
+        ValueError: it cannot run here.
+    """
+    if not library().fastseq_use_tiles(name.encode()):
+        raise ValueError(f"fastseq.set_tiles: expected a way that runs here, got {name!r}")
 
 
 def cuda_built() -> bool:

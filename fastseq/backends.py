@@ -25,6 +25,7 @@ __all__ = [
     "attention_obstacle",
     "decoder_obstacle",
     "float32_matmul_precision",
+    "float32_parts",
     "recurrent_obstacle",
     "transform_obstacle",
     "use_backend",
@@ -471,7 +472,31 @@ def recurrent_explanation(
         elif plain and _forced.get() != "cuda" and not _REFERENCE[cell].extras:
             said += " for calls of a kind and size at which they were measured faster than torch's"
         return Explanation(cell, "cuda", said)
-    return Explanation(cell, "cpu", _kernel_in_use())
+    narrow = x.dtype is torch.float64 or one_step
+    return Explanation(cell, "cpu", _kernel_in_use() + ("" if narrow else _precision_in_use()))
+
+
+def _precision_in_use() -> str:
+    """What a layer's float32 products are under torch's switches, where these permit less."""
+    parts = float32_parts()
+    if not parts:
+        return ""
+    if _recurrent.eager is None:
+        return f"; all in float32: what reads the switch of precision, {_native.why_no_eager}"
+    if _native.tiles() == "off":
+        return f"; all in float32: {_native.tiles_reason()}"
+    unit = "AMX" if _native.tiles() == "amx" else "AMX, emulated"
+    made = "in bfloat16" if parts == 1 else "by three of bfloat16"
+    return f"; products of eight rows and more {made} ({unit})"
+
+
+def float32_parts() -> int:
+    """Of how many bfloat16 the user lets a float32 factor of a recurrent layer's products on a CPU
+    be the sum: 1 ("medium", or "bf16"), 2 ("high", or "tf32"), or 0: it stays float32. (The kernels
+    ask for themselves, in csrc/ops/eager.)"""
+    switch = torch._C._get_fp32_precision_getter
+    said = switch("mkldnn", "rnn")
+    return {"bf16": 1, "tf32": 2}.get(switch("mkldnn", "matmul") if said == "none" else said, 0)
 
 
 def decoder_explanation(

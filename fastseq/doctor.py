@@ -39,6 +39,7 @@ def report() -> tuple[list[tuple[str, str]], bool]:
             ("instruction sets", f"built: {', '.join(_native.built_isas())}"),
             ("", f"of these this machine has: {', '.join(_native.available_isas())}"),
             ("", f"in use: {_native.isa()} ({_native.isa_reason()})"),
+            ("AMX", f"{_native.tiles()}: {_native.tiles_reason()}"),
         ]
     rows += [
         ("bfloat16 instructions", ", ".join(backends.bfloat16_units()) or "none"),

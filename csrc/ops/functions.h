@@ -9,6 +9,10 @@ namespace ops {
 // Seen from outside the library: eager/ is a module of its own.
 #define FASTSEQ_SEEN __attribute__((visibility("default")))
 
+// Of how many bfloat16 torch's switches let a float32 factor be the sum; 0: float32. They are seen
+// by eager/ alone, which puts a function here; null where that module is not loaded: float32.
+FASTSEQ_SEEN extern int (*allowed_parts)();
+
 FASTSEQ_SEEN
 Tensors recurrent_fwd(int64_t cell, Tensor x, OptionalTensor h0, OptionalTensor c0, Tensors weights,
                       bool has_biases, int64_t directions, OptionalTensor batch_sizes,

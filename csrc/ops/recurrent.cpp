@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../cpu/dispatch.h"
@@ -254,10 +255,18 @@ TokenRows<T> writable_rows(const Call& c, const Tensor& t) {
   return {write<T>(t), rows.step, rows.row};
 }
 
+// As the switches stand at this call: a backward pass goes by its own time, as torch's products do.
+Tiles tiles_now() {
+  const MultiplyTiles multiply = multiply_tiles();
+  const int parts = multiply && allowed_parts ? allowed_parts() : 0;
+  return parts ? Tiles{multiply, parts} : Tiles{};
+}
+
 template <class T>
 void fill_inputs(const Call& c, RecurrentInputs<T>& a) {
   const RecurrentShape& s = c.shape();
   a.shape = s;
+  if constexpr (std::is_same<T, float>::value) a.tiles = tiles_now();
   a.x = token_rows<T>(c, c.x);
   if (c.resets) {
     const auto rows = token_rows<bool>(c, *c.resets);
@@ -291,6 +300,8 @@ void clear_padding(const Call& c, const Tensor& t) {
 }
 
 }  // namespace
+
+int (*allowed_parts)() = nullptr;
 
 Tensors recurrent_fwd(int64_t cell, Tensor x, OptionalTensor h0, OptionalTensor c0, Tensors weights,
                       bool has_biases, int64_t directions, OptionalTensor batch_sizes,

@@ -227,9 +227,15 @@ class LSTM(_FastLayer, torch.nn.LSTM):
     torch.nn.functional.dropout, where cuDNN has a stream of its own). What no kernel serves (see
     :func:`fastseq.explain`) and whatever torch would refuse runs in torch's own code.
 
-    Precision: on a CPU float32 is IEEE float32, at every setting of
-    ``torch.set_float32_matmul_precision`` and ``torch.backends.mkldnn.rnn.fp32_precision``: these
-    permit bfloat16 products where a machine has instructions for them, and no kernel here uses any.
+    Precision: on a CPU float32 is IEEE float32 unless you permit less, by
+    ``torch.set_float32_matmul_precision("high")`` or "medium", or for recurrent layers alone by
+    ``torch.backends.mkldnn.rnn.fp32_precision = "tf32"`` or "bf16", which has the last word unless
+    it is "none". On a CPU with AMX, products of eight rows and more are then made by bfloat16
+    instructions that sum in float32: with "high" three for each product, which leave about 17 bits
+    of each factor (relative error of outputs and gradients up to 2e-5, measured 5e-6), with
+    "medium" one, which leaves 8 (1e-2 and 3e-3). Each pass goes by the switch as it stands when the
+    pass runs, as torch's own products do. Without AMX nothing changes; docs/numbers.md tells more,
+    :func:`fastseq.explain` what a call runs.
     On a GPU products over all tokens, and those of kernels that go step by step, are torch's and
     follow ``torch.backends.cuda.matmul.fp32_precision``; cuDNN follows its own switch. In bfloat16
     and float16 the kernels carry states in float32 and sum in it, and inputs are taken and results

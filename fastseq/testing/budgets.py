@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "LOWERED",
     "assert_close_to_reference",
+    "assert_lowered_close",
     "assert_matches",
     "assert_results_close",
+    "assert_sums_lowered_close",
     "run_with_grads",
 ]
 
@@ -123,6 +126,64 @@ def assert_close_to_reference(
             f"(2 x torch's {by_torch:.3g} + rounding {own:.3g}, {dtype}, {count} elements); "
             f"worst at {list(at)}: got {got[at]:.9g}, expected {truth[at]:.9g}{said}"
         )
+
+
+# Relative errors in the Frobenius norm of a layer whose float32 products are made of bfloat16, by
+# torch's names for how many: "high" is the project's target; hi alone leaves 2^-9 of a factor where
+# hi and lo leave 2^-18, so "medium" has that times 2^9.
+LOWERED = {"high": 2e-5, "medium": 2e-5 * 2**9}
+
+
+def assert_lowered_close(
+    actual: Mapping[str, Tensor | None],
+    expected64: Mapping[str, Tensor | None],
+    precision: str,
+    *,
+    what: str = "",
+) -> None:
+    """Assert that each tensor errs by at most :data:`LOWERED` of its Frobenius norm.
+
+    Args:
+        actual, expected64: results of :func:`run_with_grads`, equal names.
+        precision: "high" or "medium".
+        what: prefix for the message.
+
+    Raises:
+        AssertionError: names the tensor, its error and the budget.
+    """
+    for name, truth in expected64.items():
+        got = actual[name]
+        if got is None or truth is None:
+            assert got is truth, f"{what} {name}: expected {truth}, got {got}"
+            continue
+        error, size = (float(t.norm()) for t in (got.double() - truth, truth))
+        if not error <= LOWERED[precision] * size:
+            raise AssertionError(
+                f"{what} {name}: error {error:.3g} > budget {LOWERED[precision]:.3g} x {size:.3g}"
+            )
+
+
+def assert_sums_lowered_close(
+    actual: Tensor, expected64: Tensor, terms64: Tensor, K: int, precision: str
+) -> None:
+    """Assert that sums of K products err no more than their factors' parts and float32 can.
+
+    A factor is hi + lo + rest with |lo| <= 2^-9 of it and |rest| <= 2^-18, to first order. With
+    "high" lo * lo and both rests are left out of a product, 3 x 2^-18 of it; with "medium" both lo,
+    2^-8. Each of up to 3K additions rounds by 2^-24.
+
+    Args:
+        actual, expected64: sums under test, and exact.
+        terms64: the sums of the products' absolute values.
+        K: products in each.
+        precision: "high" or "medium".
+
+    Raises:
+        AssertionError: an element beyond that.
+    """
+    unit = {"high": 3 * 2**-18, "medium": 2**-8}[precision] * (1 + 2**-8)
+    over = (actual.double() - expected64).abs() / ((unit + 3 * K * 2**-24) * terms64)
+    assert float(over.max()) <= 1, f"{precision}: {float(over.max()):.3g} of what it may err by"
 
 
 def _assert_same_specials(got: Tensor, want: Tensor, label: str) -> None:

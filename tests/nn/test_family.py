@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import pickle
 
@@ -11,7 +12,7 @@ import torch
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from fastseq import functional, nn
+from fastseq import _native, functional, nn
 from fastseq.testing import (
     assert_close_to_reference,
     assert_matches,
@@ -93,7 +94,10 @@ def test_torchs_class_seed_and_checkpoints(cell):
 
 @every_cell
 @pytest.mark.parametrize("switch", ["high", "medium", "bf16"])
-def test_float32_stays_ieee_at_every_switch(cell, switch):
+def test_without_amx_float32_stays_ieee_at_every_switch(cell, switch, request):
+    if _native.loaded():
+        request.addfinalizer(functools.partial(_native.set_tiles, _native.tiles()))
+        _native.set_tiles("off")
     case = recurrent_case(cell, 9, 8, 33, 40, num_layers=2, bidirectional=True)
     run = (case.module(MODULES[cell]), case.inputs, case.cotangents)
     expected = run_with_grads(*run, names=case.names)

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../support/tiles.h"
+
 #define FASTSEQ_GEMM_MEMBER inline __attribute__((always_inline))
 
 namespace fastseq {
@@ -28,6 +30,7 @@ struct Gemm {
   int64_t split;
   const T* const* b_rows_2;
   T* const* c_rows_2;
+  Tiles tiles;
 
   FASTSEQ_GEMM_MEMBER const T* b_at(int64_t k, int64_t n) const {
     if (split && n >= split) return b_rows_2[k] + n - split;

@@ -15,6 +15,9 @@ template <class T>
 struct GemmBlocks {
   T* a;
   T* b;
+  // Where it is made by tiles (by_tiles.inl), of one tile of rows and of a block of B.
+  uint16_t* a_tiles = nullptr;
+  uint16_t* b_tiles = nullptr;
   // Elements of each that a product needs.
   static int64_t a_size(const Gemm<T>& g) {
     return g.a_k == 1 ? 0 : min64(kBlockM, ceil_div(g.M, kRows) * kRows) * min64(kBlockK, g.K);
@@ -188,24 +191,31 @@ void gemm_block(const Gemm<T>& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1
   }
 }
 
-// The part `part` of `parts` of a product: some rows of C, or columns where there are few rows.
-template <class T>
-void gemm_part(const Gemm<T>& g, int64_t part, int64_t parts, const GemmBlocks<T>& blocks) {
+// The part `part` of `parts` of a product: some rows of C, so many at least, or columns where there
+// are few rows; as block(m0, m1, n0, n1).
+template <class T, class Block>
+void gemm_part(const Gemm<T>& g, int64_t part, int64_t parts, int64_t rows, const Block& block) {
   if (g.M == 0 || g.N == 0) return;
   const bool by_rows = g.M >= g.N;
-  const int64_t extent = by_rows ? g.M : g.N, unit = by_rows ? kRows : kPanel<T>;
+  const int64_t extent = by_rows ? g.M : g.N, unit = by_rows ? rows : kPanel<T>;
   const int64_t chunk = ceil_div(ceil_div(extent, unit), parts) * unit;
   const int64_t begin = min64(part * chunk, extent), end = min64(begin + chunk, extent);
   if (begin == end) return;
   const int64_t m0 = by_rows ? begin : 0, m1 = by_rows ? end : g.M;
   const int64_t n0 = by_rows ? 0 : begin, n1 = by_rows ? g.N : end;
   if (g.K > 0) {
-    gemm_block(g, m0, m1, n0, n1, blocks);
+    block(m0, m1, n0, n1);
     return;
   }
   for (int64_t m = m0; m < m1 && !g.accumulate; ++m) {
     for (int64_t n = n0; n < n1; ++n) *g.c_at(m, n) = 0;
   }
+}
+template <class T>
+void gemm_part(const Gemm<T>& g, int64_t part, int64_t parts, const GemmBlocks<T>& blocks) {
+  gemm_part(g, part, parts, kRows, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+    gemm_block(g, m0, m1, n0, n1, blocks);
+  });
 }
 
 // out[n] = sum over k of a[k * lda + n], for n in [n0, n1): sums of kLeaf rows, kLeaf of which are

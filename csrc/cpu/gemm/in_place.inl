@@ -138,7 +138,7 @@ FASTSEQ_TILE void outer_rows(const Gemm<T>& g, int64_t m) {
   }
 }
 
-// gemm_part(), but in place where that is for the product.
+// gemm_part(), but in place or by tiles where that is for the product.
 template <class T>
 void multiply_part(const Gemm<T>& g, int64_t part, int64_t parts, const GemmBlocks<T>& blocks) {
   const auto share = [&](int64_t extent, int64_t unit, const auto& work) {
@@ -155,6 +155,12 @@ void multiply_part(const Gemm<T>& g, int64_t part, int64_t parts, const GemmBloc
     });
   } else if (in_place(g)) {
     share(g.N, kPanel<T>, [&](int64_t begin, int64_t end) { gemm_in_place(g, begin, end); });
+  } else if (by_tiles(g)) {
+    if constexpr (kTiled<T>) {
+      gemm_part(g, part, parts, kTileRows, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+        gemm_block_by_tiles(g, m0, m1, n0, n1, blocks);
+      });
+    }
   } else {
     gemm_part(g, part, parts, blocks);
   }

@@ -44,6 +44,7 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
   const int64_t zeros = max64(gates, max64(s.H, s.P));
   const int64_t over_time = s.D * s.B * kOverTime<Cell> * s.H;
   const int64_t hh_size = ceil_div(s.P, kLanes<T>) * kLanes<T> * gates;
+  const Tiles by_tiles_hh = kByRow ? Tiles{} : tiles_of(a, min64(gates, s.P));
   const int64_t hr_size = projected ? ceil_div(s.H, kLanes<T>) * kLanes<T> * s.P : 0;
   auto lay_out = [&](auto& memory) {
     task = memory.template take<BackwardTask<T>>(size_t(tasks));
@@ -59,6 +60,7 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
     }
     const bool sums = kByRow && (want_weights || a.db_ih[0]);
     loop.over_time = sums ? memory.template take<T>(size_t(over_time)) : nullptr;
+    TiledColumns tiled_w_hh[2] = {};
     for (int64_t i = 0; i < tasks; ++i) {
       BackwardTask<T> one{};
       one.share = share_of(plan, s, i, panels, hr_panels);
@@ -66,6 +68,11 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
       one.hr = {s.P, s.H, packed_hr + (i % s.D) * hr_size};
       one.rows = memory.template take<BackwardRow<T>>(size_t(task_rows));
       one.from = memory.template take<const T*>(size_t(task_rows));
+      if (own || i < s.D) {
+        tiled_w_hh[i % s.D] = TiledColumns::take(memory, by_tiles_hh, gates, kPanelVectors, panels);
+      }
+      one.tiled_w_hh = tiled_w_hh[i % s.D];
+      one.tiled_from = TiledRows::take(memory, by_tiles_hh, gates, task_rows);
       const int64_t scratch_rows = kByRow ? 2 + (projected ? task_rows : 0) : 0;
       one.row_scratch = memory.template take<T>(size_t(scratch_rows * s.H));
       if (task) task[i] = one;
@@ -89,7 +96,12 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
     const RecurrentWeights<T>& w = a.weights[copy % s.D];
     if (piece < panels) {
       const int64_t column = piece * kPanel<T>;
-      pack_columns(w.w_hh, gates, s.P, column, packed_hh + copy * hh_size + column * gates);
+      T* panel = packed_hh + copy * hh_size + column * gates;
+      pack_columns(w.w_hh, gates, s.P, column, panel);
+      if constexpr (kTiled<T>) {
+        const int wide = by_hh.vectors(piece);
+        task[copy].tiled_w_hh.fill(piece, panel, wide, wide);
+      }
     } else {
       const int64_t column = (piece - panels) * kPanel<T>;
       pack_columns(w.w_hr, s.P, s.H, column, packed_hr + copy * hr_size + column * s.P);

@@ -26,6 +26,8 @@ struct BackwardTask {
   PanelProduct<T> hr;  // by W_hr
   BackwardRow<T>* rows;
   const T** from;  // gradient row of the later step, of each row
+  TiledRows tiled_from;
+  TiledColumns tiled_w_hh;
   T* row_scratch;  // of a normalised cell: [2][H], and [rows][H] where h is projected
 };
 
@@ -220,13 +222,20 @@ struct BackwardLoop {
     const int64_t count = prepare(share, t, initial, task);
     const PanelProduct<T>& product = task.hh;
     alignas(64) T sums[kRows * 2 * kPanel<T>];
-    const int64_t tiles = ceil_div(count, kRows);
+    const bool tiled = kTiled<T> && task.tiled_from.by.multiply;
+    const int64_t tiles = ceil_div(count, tiled ? kTileRows : kRows);
     const int most = count ? int(ceil_div(count, tiles)) : 1;
+    if constexpr (kTiled<T>) {
+      for (int64_t i = 0; tiled && i < tiles; ++i) {
+        const int64_t b = count * i / tiles;
+        task.tiled_from.fill(i, task.from + b, int(count * (i + 1) / tiles - b));
+      }
+    }
     // To and fro, as the forward pass goes.
     const bool back = step % 2 == 1 && 2 * most > kRows;
     for (int64_t done = 0, n = 0; done < share.g1 - share.g0; done += n) {
       const int64_t p = back ? share.g1 - 1 - done : share.g0 + done;
-      n = back ? 1 : product.together(most, p, share.g1);
+      n = back || tiled ? 1 : product.together(most, p, share.g1);
       const int wide = product.vectors(p);
       const int64_t unit = p * kPanel<T>;
       int64_t b = 0;
@@ -234,7 +243,13 @@ struct BackwardLoop {
         const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
         bool any = false;
         for (int m = 0; m < rows; ++m) any = any || task.from[b + m] != zero;
-        product.sums(p, int(n), rows, task.from + b, any, int(i), back, sums);
+        if (!tiled) product.sums(p, int(n), rows, task.from + b, any, int(i), back, sums);
+        if constexpr (kTiled<T>) {
+          if (tiled) {
+            sums_by_tiles(product, p, i, rows, task.from + b, any, task.tiled_from,
+                          task.tiled_w_hh.group(p), sums);
+          }
+        }
         auto sum = [&](int m, int j) {
           return sums + (((j / wide) * rows + m) * wide + j % wide) * kLanes<T>;
         };

@@ -203,12 +203,17 @@ void recurrent_deferred(const BackwardLoop<Cell, T>& loop, const T** memory,
   const int alone = count;
   for (int d = 0; d < s.D && a.dx.base; ++d) products[count++] = deferred.to_x(d);
 
-  int64_t work = 0, a_size = 0, b_size = 0;
+  int64_t work = 0, a_size = 0, b_size = 0, tiled_a = 0, tiled_b = 0;
   for (int i = 0; i < count; ++i) {
+    products[i].tiles = a.tiles;
     work += products[i].M * products[i].N * products[i].K;
     if (in_place(products[i]) || is_outer(products[i])) continue;
     a_size = max64(a_size, GemmBlocks<T>::a_size(products[i]));
     b_size = max64(b_size, GemmBlocks<T>::b_size(products[i]));
+    if (!by_tiles(products[i])) continue;
+    const int64_t K = min64(products[i].K, kBlockK), wide = min64(products[i].N, kBlockN);
+    tiled_a = max64(tiled_a, tiled_size(a.tiles, K));
+    tiled_b = max64(tiled_b, tiled_size(a.tiles, K, ceil_div(wide, kPanel<T>) * kPanelVectors));
   }
   // Large products in more parts than there are threads, for whoever is free.
   constexpr int64_t kWorthTaking = int64_t(1) << 24;
@@ -219,6 +224,8 @@ void recurrent_deferred(const BackwardLoop<Cell, T>& loop, const T** memory,
     for (int64_t i = 0; i < workers; ++i) {
       blocks[i].a = memory.template take<T>(size_t(a_size));
       blocks[i].b = memory.template take<T>(size_t(b_size));
+      blocks[i].a_tiles = memory.template take<uint16_t>(size_t(tiled_a));
+      blocks[i].b_tiles = memory.template take<uint16_t>(size_t(tiled_b));
     }
   };
   ScratchSize needed;

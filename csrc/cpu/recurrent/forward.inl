@@ -28,6 +28,8 @@ struct ForwardTask {
   const T** start;
   T* ahead;  // input products of several steps, [groups][tokens][kOut][lanes]
   PackedForward<T> packed;
+  TiledRows tiled_x, tiled_h;
+  TiledColumns tiled_w_ih, tiled_w_hh;
 };
 
 template <class Cell, class T>
@@ -167,9 +169,20 @@ struct ForwardLoop {
     SumsTile<T> tile{task.start, task.x,       task.h,          (ahead ? tokens : 1) * kRowOut,
                      nullptr,    nullptr,      ahead ? 0 : s.I, s.P,
                      0,          step % 2 == 1};
+    const bool tiled = kTiled<T> && (task.tiled_x.by.multiply || task.tiled_h.by.multiply);
     // Tiles of even height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
-    const int64_t tiles = ceil_div(count, L::kRows), quads = ceil_div(count, kTogether);
-    const int most = tiles == 1 ? L::groups(int(count)) : 1;
+    const int64_t tiles = ceil_div(count, tiled ? kTileRows : L::kRows);
+    const int64_t quads = ceil_div(count, kTogether);
+    const auto end_of = [&](int64_t i) {
+      return min64(count, quads * (i + 1) / tiles * kTogether);
+    };
+    if constexpr (kTiled<T>) {
+      for (int64_t i = 0, b = 0; tiled && i < tiles; b = end_of(i++)) {
+        task.tiled_x.fill(i, task.x + b, int(end_of(i) - b));
+        task.tiled_h.fill(i, task.h + b, int(end_of(i) - b));
+      }
+    }
+    const int most = tiles == 1 && !tiled ? L::groups(int(count)) : 1;
     const int64_t whole = (share.g1 - share.g0) / most;
     const int64_t pieces = whole + (share.g1 - share.g0) % most;
     for (int64_t i_piece = 0; i_piece < pieces; ++i_piece) {
@@ -184,12 +197,18 @@ struct ForwardLoop {
       for (int64_t i = 0; i < count; ++i) task.start[i] = start + (ahead ? i * kRowOut : 0);
       int64_t b = 0;
       for (int64_t i = 0; i < tiles; ++i) {
-        const int rows = int(min64(count, (quads * (i + 1)) / tiles * kTogether) - b);
+        const int rows = int(end_of(i) - b);
         tile.start = task.start + b;
         tile.x = task.x + b;
         tile.h = task.h + b;
         tile.order = int(i);
-        sums_tile<L>(tile, rows, groups, sums);
+        if (!tiled) sums_tile<L>(tile, rows, groups, sums);
+        if constexpr (kTiled<T>) {
+          if (tiled) {
+            sums_by_tiles<L>(tile, i, rows, task.tiled_x, task.tiled_w_ih.group(g), task.tiled_h,
+                             task.tiled_w_hh.group(g), sums);
+          }
+        }
         finish_tile(g, groups, rows, params, task.rows + b, sums);
         b += rows;
       }
@@ -279,7 +298,9 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
   const int64_t task_groups = plan.by_units ? plan.chunk : size.groups;
   // With rows for less than half a tile, input products are made for several steps together; by all
   // threads, where the loop has use for one only.
-  const bool few = task_rows > 0 && 2 * task_rows <= L::kRows && s.T > 1;
+  const Tiles by_tiles_x = tiles_of(a, s.I), by_tiles_h = tiles_of(a, s.P);
+  const bool tiled = by_tiles_x.multiply || by_tiles_h.multiply;
+  const bool few = task_rows > 0 && 2 * task_rows <= L::kRows && s.T > 1 && !tiled;
   const bool shared_ahead =
       few && tasks == 1 && threads.count > 1 && s.tokens * by_x >= (int64_t(1) << 18);
   const int64_t ahead_rows = shared_ahead ? 512 : 4 * L::kRows;
@@ -295,6 +316,7 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
     zero = memory.template take<T>(size_t(max64(s.H, s.P)));
     loop.unprojected = projected ? memory.template take<T>(size_t(s.D * s.B * s.H)) : nullptr;
     PackedForward<T> packed[2] = {};
+    TiledColumns tiled_w_ih[2] = {}, tiled_w_hh[2] = {};
     for (int64_t i = 0; i < tasks; ++i) {
       ForwardTask<T> one{};
       one.share = share_of(plan, s, i, size.groups, hr_panels);
@@ -310,8 +332,17 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
         p.x = memory.template take<T>(size_t(size.x));
         p.h = memory.template take<T>(size_t(size.h));
         p.hr = memory.template take<T>(size_t(size.hr));
+        const auto columns = [&](const Tiles& by, int64_t K) {
+          return TiledColumns::take(memory, by, K, L::kColumns, size.groups);
+        };
+        tiled_w_ih[i % s.D] = columns(by_tiles_x, s.I);
+        tiled_w_hh[i % s.D] = columns(by_tiles_h, s.P);
       }
       one.packed = p;
+      one.tiled_w_ih = tiled_w_ih[i % s.D];
+      one.tiled_w_hh = tiled_w_hh[i % s.D];
+      one.tiled_x = TiledRows::take(memory, by_tiles_x, s.I, task_rows);
+      one.tiled_h = TiledRows::take(memory, by_tiles_h, s.P, task_rows);
       if (task) task[i] = one;
     }
   };
@@ -329,6 +360,11 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
     const RecurrentWeights<T>& w = a.weights[i % s.D];
     if (piece < size.groups) {
       pack_forward<L>(w, s, piece, p);
+      if constexpr (kTiled<T>) {
+        constexpr int kWidth = L::kColumns * kLanes<T>;
+        task[i].tiled_w_ih.fill(piece, p.x + piece * s.I * kWidth, L::kWide, L::kColumns);
+        task[i].tiled_w_hh.fill(piece, p.h + piece * s.P * kWidth, L::kWide, L::kColumns);
+      }
     } else {
       const int64_t panel = piece - size.groups;
       pack_rows(w.w_hr, s.P, s.H, panel, p.hr + panel * kPanel<T> * s.H);

@@ -9,6 +9,10 @@ namespace {
 
 #include "../gemm/gemm.inl"
 
+#include "../gemm/bfloat16.inl"
+
+#include "../gemm/by_tiles.inl"
+
 #include "../gemm/in_place.inl"
 
 #include "plan.inl"
@@ -16,6 +20,8 @@ namespace {
 #include "pack.inl"
 
 #include "tile.inl"
+
+#include "by_tiles.inl"
 
 #include "forward.inl"
 

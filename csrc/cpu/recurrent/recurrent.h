@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../support/threads.h"
+#include "../support/tiles.h"
 
 #define FASTSEQ_MEMBER inline __attribute__((always_inline))
 
@@ -63,6 +64,7 @@ struct RecurrentInputs {
   RecurrentWeights<T> weights[2];
   const T* h0;  // [D, B, P] by sequence, or null: zero
   const T* c0;  // [D, B, H] or null: zero, or no such state
+  Tiles tiles;  // of products that are large enough
 };
 
 template <class T>

@@ -5,6 +5,8 @@
 // Here the same functions are called at once. That takes torch's C++ API, which is that of one
 // version of torch and Python: a module of its own, loaded where both are what it was built for.
 // What is anything but plain CPU tensors in eager mode is refused, for the registered ops to run.
+// This module also reads torch's switches of precision for them.
+#include <ATen/Context.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -401,7 +403,23 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           nullptr,
                           nullptr};
 
+// torch.backends.mkldnn.rnn.fp32_precision; where that is "none", what
+// torch.set_float32_matmul_precision sets for products on the CPU.
+int parts_by_switches() {
+  const at::Context& torch = at::globalContext();
+  auto precision = torch.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN);
+  if (precision == at::Float32Precision::NONE) {
+    precision = torch.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  }
+  return precision == at::Float32Precision::BF16   ? 1
+         : precision == at::Float32Precision::TF32 ? 2
+                                                   : 0;
+}
+
 }  // namespace
 }  // namespace fastseq
 
-PyMODINIT_FUNC PyInit__eager() { return PyModule_Create(&fastseq::definition); }
+PyMODINIT_FUNC PyInit__eager() {
+  fastseq::ops::allowed_parts = fastseq::parts_by_switches;
+  return PyModule_Create(&fastseq::definition);
+}

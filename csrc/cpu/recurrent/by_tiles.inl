@@ -1,0 +1,98 @@
+// The products of a step by tiles of bfloat16, in the layouts of tile.inl and pack.inl.
+
+// Calls of fewer sequences stay in float32: tiles would be less than half full.
+constexpr int64_t kFewestTiledRows = kTileRows / 2;
+
+template <class T>
+Tiles tiles_of(const RecurrentInputs<T>& a, int64_t K) {
+  const bool worth = kTiled<T> && a.shape.B >= kFewestTiledRows && K >= kFewestTiled;
+  return worth ? a.tiles : Tiles{};
+}
+
+// Groups of packed weights, K deep and `columns` wide (the last perhaps less), as tiles.
+struct TiledColumns {
+  Tiles by;
+  int64_t K;
+  int columns;
+  uint16_t* tiles;  // [groups][blocks][columns][parts][16 pairs of k][16][2]
+  bool* fits;       // of each group; where false, products are made in float32
+
+  template <class Memory>
+  static TiledColumns take(Memory& memory, const Tiles& by, int64_t K, int columns,
+                           int64_t groups) {
+    const int64_t size = groups * tiled_size(by, K, columns);
+    return {by, K, columns, memory.template take<uint16_t>(size_t(size)),
+            memory.template take<bool>(size_t(by.multiply ? groups : 0))};
+  }
+  // Null where the group is multiplied in float32.
+  const uint16_t* group(int64_t g) const {
+    return by.multiply && fits[g] ? tiles + g * tiled_size(by, K, columns) : nullptr;
+  }
+  // From panels of `wide` vectors of columns, [panels][K][wide][lanes].
+  template <class T>
+  void fill(int64_t g, const T* panels, int wide, int count) const {
+    if (!by.multiply) return;
+    fits[g] = true;
+    for (int v = 0; v < count; ++v) {
+      const T* column = panels + (v / wide) * K * wide * kLanes<T> + v % wide * kLanes<T>;
+      fits[g] &= tile_column(column, wide * kLanes<T>, K, v, count, by,
+                             tiles + g * tiled_size(by, K, columns));
+    }
+  }
+};
+
+// sums_tile() for up to kTileRows rows, the i-th tile of rows of `x` and `h`, by one group; columns
+// that are null are multiplied in float32, as are rows that do not fit.
+template <class L, class T>
+void sums_by_tiles(const SumsTile<T>& tile, int64_t i, int rows, const TiledRows& x,
+                   const uint16_t* x_columns, const TiledRows& h, const uint16_t* h_columns,
+                   T* out) {
+  const auto in_float32 = [&](SumsTile<T> part, int begin, int end) {
+    for (int m = begin; m < end; m += L::kRows) {
+      part.start = tile.start + m;
+      part.x = tile.x + m;
+      part.h = tile.h + m;
+      sums_tile<L>(part, int(min64(end - m, L::kRows)), 1, out + m * L::kOut * kLanes<T>);
+    }
+  };
+  SumsTile<T> rest = tile;
+  if (x_columns) rest.x_width = 0;
+  if (h_columns) rest.h_width = 0;
+  in_float32(rest, 0, rows);
+  alignas(64) T product[kTileRows * L::kColumns * kLanes<T>];
+  const auto add = [&](const TiledRows& from, const uint16_t* columns, bool recurrent) {
+    if (!columns) return uint32_t(0);
+    from.multiply(i, rows, columns, L::kColumns, product);
+    for (int m = 0; m < rows; ++m) {
+      for (int v = 0; v < L::kColumns; ++v) {
+        const bool apart = recurrent && L::kApart >= 0 && v / L::kUnits == L::kApart;
+        T* sum = out + (m * L::kOut + (apart ? L::kColumns : v)) * kLanes<T>;
+        store(sum, load(sum) + load(product + (m * L::kColumns + v) * kLanes<T>));
+      }
+    }
+    return from.unfit[i];
+  };
+  const uint32_t unfit = add(x, x_columns, false) | add(h, h_columns, true);
+  for (int m = 0; m < rows; ++m) {
+    if (unfit >> m & 1) in_float32(tile, m, m + 1);
+  }
+}
+
+// PanelProduct::sums() of one panel for the i-th tile of rows.
+template <class T>
+void sums_by_tiles(const PanelProduct<T>& product, int64_t p, int64_t i, int rows,
+                   const T* const* from, bool any, const TiledRows& tiled, const uint16_t* columns,
+                   T* out) {
+  const int wide = product.vectors(p);
+  const auto in_float32 = [&](int begin, int end) {
+    for (int m = begin; m < end; m += kRows) {
+      product.sums(p, 1, int(min64(end - m, kRows)), from + m, any, kTileRows, false,
+                   out + m * wide * kLanes<T>);
+    }
+  };
+  if (!any || !columns) return in_float32(0, rows);
+  tiled.multiply(i, rows, columns, wide, out);
+  for (int m = 0; m < rows; ++m) {
+    if (tiled.unfit[i] >> m & 1) in_float32(m, m + 1);
+  }
+}
