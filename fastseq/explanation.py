@@ -24,6 +24,13 @@ __all__ = ["explain"]
 ACCELERATED = (_FastLayer, _FastCell)
 
 
+_DECODERS = (
+    functional.attention_decoder,
+    functional.attention_beams,
+    functional.attention_samples,
+)
+
+
 def explain(target: Callable | torch.nn.Module, *args, **kwargs) -> Explanation:
     """Say what ``target(*args, **kwargs)`` would run, without running it.
 
@@ -47,7 +54,7 @@ def explain(target: Callable | torch.nn.Module, *args, **kwargs) -> Explanation:
     if hasattr(target, "explained"):
         # What stands above this module says of itself what it runs.
         return target.explained(*args, **kwargs)
-    if target is functional.attention_decoder:
+    if target in _DECODERS:
         return _explain_decoder(*args, **kwargs)
     if isinstance(target, _Attention):
         if not args and "query" not in kwargs:

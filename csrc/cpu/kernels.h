@@ -31,6 +31,7 @@ struct DecoderFunctions {
   void (*forward)(const DecoderForward<T>&, const Threads&);
   void (*backward)(const DecoderBackward<T>&, const Threads&);
   void (*beams)(const DecoderBeams<T>&, const Threads&);
+  void (*samples)(const DecoderSamples<T>&, const Threads&);
 };
 
 template <class T>

@@ -1,5 +1,6 @@
 // fastseq::attention_decoder_beams: beam search with a recurrent decoder with attention.
-#include "decoder_call.h"
+#include "decoder_logits.h"
+#include "functions.h"
 
 namespace fastseq {
 namespace ops {
@@ -13,64 +14,34 @@ Tensors attention_decoder_beams(int64_t cell, Tensor start, OptionalTensor ends,
                                 int64_t n_best, int64_t min_length, int64_t no_repeat,
                                 bool early_stop) {
   const char* op = "attention_decoder_beams";
-  Call c = make_call(op, cell, 1, std::move(h0), std::move(c0), std::move(keys), std::move(values),
-                     std::move(mask), std::move(weights), has_biases, std::move(w_q), std::move(v),
-                     std::move(w_c), std::move(b_c), feeds, residual, scale);
-  DecoderShape& s = c.shape;
+  LogitsCall l = make_logits_call(
+      make_call(op, cell, 1, std::move(h0), std::move(c0), std::move(keys), std::move(values),
+                std::move(mask), std::move(weights), has_biases, std::move(w_q), std::move(v),
+                std::move(w_c), std::move(b_c), feeds, residual, scale),
+      std::move(start), std::move(ends), std::move(table), std::move(w_out), std::move(b_out),
+      true);
+  DecoderShape& s = l.c.shape;
   const int64_t sources = s.B;
-  check_dims(op, "table", table, 2);
-  s.V = table.size(0);
-  check_tensor(op, "table", table, c.h0, {s.V, s.E});
-  check_dims(op, "w_out", w_out, 2);
-  const bool reads_x = s.E > 0 && w_out.size(1) == s.features() + s.E;
-  check_tensor(op, "w_out", w_out, c.h0, {s.V, s.features() + (reads_x ? s.E : 0)});
-  if (b_out) check_tensor(op, "b_out", *b_out, c.h0, {s.V});
   require(width >= 1 && width <= s.V, "fastseq.", op, ": expected width between 1 and V = ", s.V,
           ", got ", width);
   require(n_best >= 1 && n_best <= width, "fastseq.", op,
           ": expected n_best between 1 and width = ", width, ", got ", n_best);
-  const auto check_tokens = [&](const char* name, Tensor& t) {
-    require(
-        t.is_cpu() && t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == sources,
-        "fastseq.", op, ": expected ", name, " as int64 [B] on the CPU, B = ", sources);
-    contiguous(t);
-    for (int64_t b = 0; b < sources; ++b) {
-      const int64_t token = read<int64_t>(t)[b];
-      require(token >= 0 && token < s.V, "fastseq.", op, ": expected ", name, " in 0..", s.V - 1,
-              ", got ", token);
-    }
-  };
-  check_tokens("start", start);
-  if (ends) check_tokens("ends", *ends);
   require(penalties.is_cpu() && penalties.scalar_type() == ScalarType::Double &&
               penalties.dim() == 1 && penalties.size(0) >= 1,
           "fastseq.", op, ": expected penalties as float64 [at least 1] on the CPU");
   contiguous(penalties);
   const int64_t most = penalties.size(0) - 1;
-  for (Tensor* t : {&table, &w_out}) contiguous(*t);
-  contiguous(b_out);
 
   s.B = sources * width;
   s.width = width;
-  Tensors out = {empty_int64(c.h0, {sources, n_best, most}), empty(penalties, {sources, n_best}),
-                 empty_int64(c.h0, {sources, n_best})};
-  int64_t* tokens = write<int64_t>(out[0]);
-  std::fill(tokens, tokens + sources * n_best * most, 0);
-  for (int64_t i = 0; i < sources * n_best; ++i) {
-    write<double>(out[1])[i] = -__builtin_huge_val();
-    write<int64_t>(out[2])[i] = 0;
-  }
+  const Tensors out = {zeros_int64(l.c.h0, {sources, n_best, most}),
+                       empty(penalties, {sources, n_best}), zeros_int64(l.c.h0, {sources, n_best})};
+  std::fill_n(write<double>(out[1]), sources * n_best, -__builtin_huge_val());
   int not_numbers = 0;
-  by_dtype(c.h0, [&](auto zero) {
+  by_dtype(l.c.h0, [&](auto zero) {
     using F = decltype(zero);
     DecoderBeams<F> a{};
-    fill_inputs(c, a.rows);
-    a.rows.table = read<F>(table);
-    a.rows.tokens = read<int64_t>(start);
-    a.rows.w_out = read<F>(w_out);
-    a.rows.b_out = read<F>(b_out);
-    a.rows.reads_x = reads_x;
-    a.rows.end_token = -1;
+    fill_rows(l, a.rows);
     a.sources = sources;
     a.width = width;
     a.n_best = n_best;
@@ -78,10 +49,10 @@ Tensors attention_decoder_beams(int64_t cell, Tensor start, OptionalTensor ends,
     a.min_length = min_length;
     a.no_repeat = no_repeat;
     a.early_stop = early_stop;
-    a.start = read<int64_t>(start);
-    a.ends = read<int64_t>(ends);
+    a.start = read<int64_t>(l.start);
+    a.ends = read<int64_t>(l.ends);
     a.penalty = read<double>(penalties);
-    a.tokens = tokens;
+    a.tokens = write<int64_t>(out[0]);
     a.scores = write<double>(out[1]);
     a.lengths = write<int64_t>(out[2]);
     a.not_numbers = &not_numbers;

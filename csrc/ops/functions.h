@@ -40,6 +40,21 @@ Tensors attention_decoder_bwd(int64_t cell, OptionalTensor dfeatures, OptionalTe
                               OptionalTensor w_c, OptionalTensor b_c, bool feeds, bool residual,
                               double scale, bool need_dx, bool need_keys, bool need_values,
                               bool need_weights);
+Tensors attention_decoder_beams(int64_t cell, Tensor start, OptionalTensor ends, Tensor table,
+                                Tensor h0, OptionalTensor c0, Tensor keys, Tensor values,
+                                OptionalTensor mask, Tensors weights, bool has_biases,
+                                OptionalTensor w_q, OptionalTensor v, OptionalTensor w_c,
+                                OptionalTensor b_c, bool feeds, bool residual, double scale,
+                                Tensor w_out, OptionalTensor b_out, Tensor penalties, int64_t width,
+                                int64_t n_best, int64_t min_length, int64_t no_repeat,
+                                bool early_stop);
+Tensors attention_decoder_samples(int64_t cell, Tensor start, OptionalTensor ends, Tensor table,
+                                  Tensor h0, OptionalTensor c0, Tensor keys, Tensor values,
+                                  OptionalTensor mask, Tensors weights, bool has_biases,
+                                  OptionalTensor w_q, OptionalTensor v, OptionalTensor w_c,
+                                  OptionalTensor b_c, bool feeds, bool residual, double scale,
+                                  Tensor w_out, OptionalTensor b_out, Tensor drawn,
+                                  double temperature, int64_t top_k, double top_p);
 
 }  // namespace ops
 }  // namespace fastseq

@@ -13,7 +13,7 @@ from fastseq.explanation import ACCELERATED, Explanation, explain
 __all__ = ["explains_itself"]
 
 # The method of a decoder that does all steps of a way of decoding.
-_WHOLE = {"greedy": "generate", "beam_search": "search"}
+_WHOLE = {"greedy": "generate", "beam_search": "search", "sample": "draw"}
 
 
 def explains_itself(function: Callable) -> Callable:

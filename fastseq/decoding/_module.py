@@ -39,18 +39,25 @@ class ModuleDecoder:
         return logits, *states, *(() if fed is None else (fed.unsqueeze(0),)), weights
 
     def generate(
-        self, start: Tensor, max_length: int, *given: Tensor | int | None
+        self, start: Tensor, max_length: int, *given: Tensor | None, end_token: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Greedy decoding; ``given``: the states, the encoder's outputs, a mask, an end token."""
-        *state, outputs, mask, end_token = given
+        """Greedy decoding; ``given``: the states, the encoder's outputs and a mask."""
+        *state, outputs, mask = given
         return self._module.generate(
             start, self._layers(state), outputs, max_length, mask=mask, end_token=end_token
         )
 
     def search(self, start: Tensor, *given: Tensor | None, **options: object):
         """Beam search; ``given`` are the states, the encoder's outputs and a mask."""
+        return self._on_a_cpu(self._module.search, start, given, options)
+
+    def draw(self, start: Tensor, *given: Tensor | None, **options: object):
+        """Sampling; ``given`` as there."""
+        return self._on_a_cpu(self._module.draw, start, given, options)
+
+    def _on_a_cpu(self, method, start, given, options):
         *state, outputs, mask = given
-        return self._module.search(start, self._layers(state), outputs, mask=mask, **options)
+        return method(start, self._layers(state), outputs, mask=mask, **options)
 
     def _layers(self, state: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(state[:-1] if self._module.input_feeding else state)

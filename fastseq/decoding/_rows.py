@@ -74,9 +74,8 @@ class Rows:
             self._state = decoder.first(self._state)
         self._prepare = partial(_prepare, decoder, outputs, mask) if attends else lambda: decoder
         self._step: Callable | None = None
-        self._source = (outputs, mask)
-        self._generate = getattr(decoder, "generate", None) if attends else None
-        self._search = getattr(decoder, "search", None) if attends else None
+        self._alone = decoder
+        self._source = (*self._state, outputs, mask) if attends else self._state
         self.sources = torch.arange(src.shape[0], device=src.device)
         """Which of the given sources are left, [B], int64."""
         self.no_weights = outputs.new_empty(src.shape[0], 0, src.shape[1]) if attends else None
@@ -87,18 +86,20 @@ class Rows:
     ) -> tuple[Tensor, Tensor] | None:
         """Tokens [B, N] and weights [B, N, S] of the likeliest tokens, by the decoder itself; None
         where it has no loop of its own for that."""
-        if self._generate is None or max_length == 0 or start.shape[0] == 0:
+        generate = getattr(self._alone, "generate", None)
+        if generate is None or max_length == 0 or start.shape[0] == 0:
             return None
-        found = self._generate(start, max_length, *self._state, *self._source, end_token)
+        found = generate(start, max_length, *self._source, end_token=end_token)
         return None if found is None else cut(*found, end_token)
 
-    def search(self, start: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Tokens, scores and lengths of a beam search, by the decoder itself; None where it has no
-        loop of its own for that. ``options``: those of its ``search``."""
+    def alone(self, way: str, start: Tensor, **options: object) -> tuple[Tensor, ...] | None:
+        """What the decoder's own method ``way`` returns, "search" for a beam search or "draw" for
+        sampling; None where it has none that does. ``options``: those of the method."""
+        method = getattr(self._alone, way, None)
         lowered = torch.is_autocast_enabled(start.device.type)
-        if self._search is None or start.shape[0] == 0 or lowered:
+        if method is None or start.shape[0] == 0 or lowered:
             return None
-        return self._search(start, *self._state, *self._source, **options)
+        return method(start, *self._source, **options)
 
     def step(self, token: Tensor) -> tuple[Tensor, Tensor | None]:
         """Advance by a token a row, [W * B]: logits [W * B, V] and weights [W * B, S], if any."""

@@ -95,9 +95,10 @@ def beam_search(
     start = a_token_each(bos, src, "bos", "beam_search")
     ends = None if eos is None else a_token_each(eos, src, "eos", "beam_search")
     rows = Rows(model, src, lengths, "beam_search")
-    found = rows.search(start, ends=ends, **options.of_a_kernel()) if max_length else None
-    if found is not None:
-        return _trimmed(Beams(*found))
+    if max_length:
+        found = rows.alone("search", start, ends=ends, **options.of_a_kernel())
+        if found is not None:
+            return _trimmed(Beams(*found))
     search = _Search(rows, ends, options)
     decode(rows, start, max_length, search.choose)
     return search.result()

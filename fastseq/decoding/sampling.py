@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseq.decoding._rows import Rows, a_token_each, check_max_length, write
 from fastseq.decoding._top import descending, top
+from fastseq.functional.samples import check_sampling
 
 __all__ = ["sample"]
 
 # Most probable tokens among which a trained model's nucleus is looked for before all are sorted,
 # which at V = 8000 costs as much as the rest of a step.
 USUAL_NUCLEUS = 256
+
+# Random numbers that are drawn before the first step, at the most: 128 MiB.
+MOST_AHEAD = 1 << 24
 
 
 @torch.no_grad()
@@ -34,8 +40,8 @@ def sample(
 
     A token is drawn from softmax(logits / temperature) over, first, the ``top_k`` most probable
     ones and, of these, the fewest most probable ones that hold ``top_p`` of the probability. A
-    row's draws are the same whenever the rows beside it end. Rows that have ended take no part in
-    further steps.
+    row's draws are the same whenever the rows beside it end: a step takes B numbers, float64 from
+    [0, 1), of the generator. Rows that have ended take no part in further steps.
 
     Args:
         model: with the ``encoder`` and ``decoder`` of a Seq2Seq, with or without attention.
@@ -62,26 +68,45 @@ def sample(
     Source: Fan, Lewis, Dauphin 2018, "Hierarchical Neural Story Generation" (top-k); Holtzman et
     al. 2020, "The Curious Case of Neural Text Degeneration" (nucleus).
     """
-    where = "fastseq.sample: expected"
     check_max_length(max_length, "sample")
-    if not 0 < temperature < torch.inf:
-        raise ValueError(f"{where} a finite temperature above 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"{where} top_k of at least 1, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"{where} top_p above 0 and at most 1, got {top_p}")
+    check_sampling("fastseq.sample", temperature, top_k, top_p)
     start = a_token_each(bos, src, "bos", "sample")
     ends = None if eos is None else a_token_each(eos, src, "eos", "sample")
     if isinstance(generator, int):
         generator = torch.Generator(src.device).manual_seed(generator)
     device = src.device if generator is None else generator.device
     rows = Rows(model, src, lengths, "sample")
+    if 0 < len(src) * max_length <= MOST_AHEAD and src.is_cpu and device.type == "cpu":
+        options = {"ends": ends, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        found = _drawn_ahead(rows, start, max_length, generator, options)
+        if found is not None:
+            return found
 
     def pick(logits: Tensor) -> Tensor:
         drawn = torch.rand(len(src), dtype=torch.float64, device=device, generator=generator)
         return _draw(logits, drawn.to(src.device)[rows.sources], temperature, top_k, top_p)
 
     return write(rows, start, ends, max_length, pick)[0]
+
+
+def _drawn_ahead(
+    rows: Rows,
+    start: Tensor,
+    max_length: int,
+    generator: torch.Generator | None,
+    options: dict[str, object],
+) -> Tensor | None:
+    """Tokens [B, N] by the decoder's own loop; None where it has none. The generator is left as by
+    the other loop, which draws for one step after the other and none after the last."""
+    generator = torch.default_generator if generator is None else generator
+    before = generator.get_state()
+    draw = partial(torch.rand, dtype=torch.float64, device="cpu", generator=generator)
+    found = rows.alone("draw", start, drawn=draw(max_length, len(start)), **options)
+    steps = 0 if found is None else int(found[1].max())
+    if steps < max_length:
+        generator.set_state(before)
+        draw(steps, len(start))
+    return None if found is None else found[0][:, :steps]
 
 
 def _draw(

@@ -9,6 +9,7 @@ from fastseq.functional.attention import (
     general_attention,
     location_attention,
 )
+from fastseq.functional.beams import attention_beams
 from fastseq.functional.decoder import attention_decoder
 from fastseq.functional.loss import linear_cross_entropy
 from fastseq.functional.rnn import (
@@ -19,10 +20,13 @@ from fastseq.functional.rnn import (
     rnn_relu,
     rnn_tanh,
 )
+from fastseq.functional.samples import attention_samples
 
 __all__ = [
     "additive_attention",
+    "attention_beams",
     "attention_decoder",
+    "attention_samples",
     "concat_attention",
     "dot_attention",
     "general_attention",

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastseq import nn
-from fastseq.functional.beams import attention_beams
-from fastseq.functional.decoder import attention_decoder, from_start, picks_obstacle
+from fastseq.functional.decoder import attention_decoder, picks_obstacle
 from fastseq.models import _whole
+from fastseq.models._alone import WritesAlone
 from fastseq.models._steps import (
     Forced,
     after_start,
@@ -205,7 +205,7 @@ def beams(hidden: Tensor, encoder_outputs: Tensor) -> int:
     return hidden.shape[0] // max(encoder_outputs.shape[0], 1) if hidden.shape[0] else 1
 
 
-class Decoder(nn.Module):
+class Decoder(WritesAlone, nn.Module):
     """Writes the target one token at a time, attending to the source before each."""
 
     def __init__(
@@ -320,69 +320,21 @@ class Decoder(nn.Module):
             found.append(decoded.features)
         return torch.cat(found, dim=1)
 
-    def generate(
+    def alone(
         self,
-        start: Tensor,
-        max_length: int,
+        function: Callable,
+        steps: int | None,
         hidden: Tensor,
         cell: Tensor,
         encoder_outputs: Tensor,
         mask: Tensor | None = None,
-        end_token: int | None = None,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Greedy decoding in one call, without gradients; None where the loop is not one.
-
-        Args:
-            start: the first token of each row, [B], int64.
-            max_length: how many tokens to write, at least 1.
-            hidden, cell: the encoder's state, [1, B, H].
-            encoder_outputs: [B, S, H].
-            mask: [B, S], bool, True = attend; None: all.
-            end_token: ends a row; it then repeats to the end. None: none ends.
-
-        Returns:
-            tokens [B, max_length] and attention weights [B, max_length, S], zero past a row's end.
-        """
-        if not self._runs_alone(hidden, encoder_outputs, max_length):
+    ) -> Callable | None:
+        K = self.attention.v.weight.shape[1] if self.picks_in_one_call() else None
+        if K is None or picks_obstacle("lstm", encoder_outputs, hidden, steps, K) is not None:
             return None
-        decoded = self._loop(attention_decoder, encoder_outputs, mask)(
-            hx=(hidden, cell), end_token=end_token, **from_start(start, max_length), **tables(self)
-        )
-        return decoded.tokens[:, 1:], decoded.weights
-
-    def search(
-        self,
-        start: Tensor,
-        hidden: Tensor,
-        cell: Tensor,
-        encoder_outputs: Tensor,
-        mask: Tensor | None = None,
-        **options: object,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Beam search in one call, without gradients; None where the loop is not one.
-
-        Args:
-            start: the first token of each row, [B], int64.
-            hidden, cell, encoder_outputs, mask: as in :meth:`generate`.
-            options: of :func:`fastseq.functional.beams.attention_beams`, which says what returns.
-        """
-        if not (encoder_outputs.is_cpu and self._runs_alone(hidden, encoder_outputs)):
-            return None
-        return self._loop(attention_beams, encoder_outputs, mask)(
-            start, (hidden, cell), **tables(self), **options
-        )
-
-    def _runs_alone(
-        self, hidden: Tensor, encoder_outputs: Tensor, steps: int | None = None
-    ) -> bool:
-        """Whether decoding without a target is one call of a kernel."""
-        if not self.picks_in_one_call():
-            return False
-        K = self.attention.v.weight.shape[1]
-        return picks_obstacle("lstm", encoder_outputs, hidden, steps, K) is None
+        return partial(self._loop(function, encoder_outputs, mask), hx=(hidden, cell))
 
     def picks_in_one_call(self) -> bool:
-        """Whether a loop that chooses its own tokens is one call."""
         return self._in_one_call(False)
 
     def _loop(self, function: Callable, encoder_outputs: Tensor, mask: Tensor | None) -> Callable:

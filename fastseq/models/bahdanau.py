@@ -11,6 +11,7 @@ Translate".
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ from torch.nn import functional as F
 
 from fastseq import nn
 from fastseq.functional import additive_attention
-from fastseq.functional.beams import attention_beams
-from fastseq.functional.decoder import Decoded, attention_decoder, from_start, picks_obstacle
+from fastseq.functional.decoder import attention_decoder, picks_obstacle
+from fastseq.models._alone import WritesAlone
 from fastseq.models._steps import (
     Forced,
     after_start,
@@ -143,7 +144,7 @@ class _Source(NamedTuple):
         return self._replace(keys=keys, mask=mask, projected=projected)
 
 
-class Decoder(nn.Module):
+class Decoder(WritesAlone, nn.Module):
     """Writes the target one token at a time, attending to the source before each.
 
     Args:
@@ -237,9 +238,8 @@ class Decoder(nn.Module):
                 parts = self._steps(emb, hidden, attend)
             else:
                 more = {"forced": forced, "input_factor": kept_emb, "output_factor": kept}
-                decoded = self._loop(
-                    attention_decoder, tokens, hidden, attend, **more, **tables(self)
-                )
+                run = self._loop(attention_decoder, hidden, attend)
+                decoded = run(tokens, **more, **tables(self))
                 emb = self.embedding(decoded.tokens)
                 emb = emb if kept_emb is None else emb * kept_emb
                 parts = (decoded.features,)
@@ -253,68 +253,23 @@ class Decoder(nn.Module):
             found.append(features)
         return torch.cat(found, dim=1)
 
-    def generate(
+    def alone(
         self,
-        start: Tensor,
-        max_length: int,
+        function: Callable,
+        steps: int | None,
         hidden: Tensor,
         encoder_outputs: Tensor,
         mask: Tensor | None = None,
-        end_token: int | None = None,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Greedy decoding in one call, without gradients; None where the loop is not one.
-
-        Args:
-            start: the first token of each row, [B], int64.
-            max_length: how many tokens to write, at least 1.
-            hidden: the encoder's state, [1, B, H].
-            encoder_outputs: [B, S, 2H].
-            mask: [B, S], bool, True = attend; None: all.
-            end_token: ends a row; it then repeats to the end. None: none ends.
-
-        Returns:
-            tokens [B, max_length] and attention weights [B, max_length, S], zero past a row's end.
-        """
-        if not self._runs_alone(hidden, encoder_outputs, max_length):
-            return None
-        attend = self._attend_to(encoder_outputs, mask)
-        more = {"end_token": end_token, **from_start(start, max_length), **tables(self)}
-        decoded = self._loop(attention_decoder, hidden=hidden, attend=attend, **more)
-        return decoded.tokens[:, 1:], decoded.weights
-
-    def search(
-        self,
-        start: Tensor,
-        hidden: Tensor,
-        encoder_outputs: Tensor,
-        mask: Tensor | None = None,
-        **options: object,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Beam search in one call, without gradients; None where the loop is not one.
-
-        Args:
-            start: the first token of each row, [B], int64.
-            hidden, encoder_outputs, mask: as in :meth:`generate`.
-            options: of :func:`fastseq.functional.beams.attention_beams`, which says what returns.
-        """
-        if not (encoder_outputs.is_cpu and self._runs_alone(hidden, encoder_outputs)):
-            return None
-        attend = self._attend_to(encoder_outputs, mask)
-        return self._loop(attention_beams, start, hidden, attend, **tables(self), **options)
-
-    def _runs_alone(
-        self, hidden: Tensor, encoder_outputs: Tensor, steps: int | None = None
-    ) -> bool:
-        """Whether decoding without a target is one call of a kernel."""
+    ) -> Callable | None:
         drops = self.training and (self.dropout.p or self.output_dropout.p)
         if drops or not self.picks_in_one_call():
-            return False
+            return None
         K = self.attention.v.weight.shape[1]
-        return picks_obstacle("gru", encoder_outputs, hidden, steps, K) is None
+        if picks_obstacle("gru", encoder_outputs, hidden, steps, K) is not None:
+            return None
+        return self._loop(function, hidden, self._attend_to(encoder_outputs, mask))
 
     def picks_in_one_call(self) -> bool:
-        """Whether the parts are what :class:`Decoder` made them, so that a loop that chooses its
-        own tokens is one call."""
         return (
             self._scores_in_one_call()
             and is_one_layer(self.gru, nn.GRU)
@@ -329,27 +284,24 @@ class Decoder(nn.Module):
             computes_as(layer, nn.Linear) for layer in (attention.attn, attention.v)
         )
 
-    def _loop(
-        self, function: Callable, input: Tensor, hidden: Tensor, attend: _Source, **more: object
-    ) -> Decoded | tuple[Tensor, Tensor, Tensor]:
-        """All steps on a source, of embeddings [B, N, E] or of tokens."""
-        return function(
-            input,
-            (hidden,),
-            attend.projected,
-            attend.keys,
-            self.gru.all_weights[0],
+    def _loop(self, function: Callable, hidden: Tensor, attend: _Source) -> Callable:
+        """The loop on a source; inputs are still to be given."""
+        return partial(
+            function,
+            hx=(hidden,),
+            keys=attend.projected,
+            values=attend.keys,
+            params=self.gru.all_weights[0],
             cell="gru",
             query_weight=attend.query_weight,
             v=attend.v,
             mask=attend.mask,
-            **more,
         )
 
     def _steps(self, emb: Tensor, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """States [B, N, H] and contexts [B, N, 2H] of steps of known embeddings [B, N, E]."""
         if isinstance(attend, _Source) and is_one_layer(self.gru, nn.GRU):
-            features = self._loop(attention_decoder, emb, hidden, attend).features
+            features = self._loop(attention_decoder, hidden, attend)(emb).features
             return features.split((self.gru.hidden_size, attend.keys.shape[2]), dim=2)
         states, contexts = [], []
         for each in emb.split(1, dim=1):

@@ -8,10 +8,14 @@ Source: Sutskever, Vinyals, Le 2014, "Sequence to Sequence Learning with Neural 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 from fastseq import nn
-from fastseq.functional import attention_decoder
+from fastseq.functional.decoder import attention_decoder, picks_obstacle
+from fastseq.models._alone import WritesAlone
 from fastseq.models._steps import (
     Forced,
     after_start,
@@ -23,6 +27,7 @@ from fastseq.models._steps import (
     embed,
     is_lookup,
     is_one_layer,
+    tables,
 )
 
 __all__ = ["Decoder", "Encoder", "Seq2Seq"]
@@ -54,7 +59,7 @@ class Encoder(nn.Module):
         return h, c
 
 
-class Decoder(nn.Module):
+class Decoder(WritesAlone, nn.Module):
     """Writes the target: from the previous tokens and the state to logits."""
 
     def __init__(self, vocab_size: int, embedding_dim: int, hidden_dim: int) -> None:
@@ -94,23 +99,28 @@ class Decoder(nn.Module):
         """
         if forced is None:
             return self.forward(trg[:, :-1], h, c)[0]
-        if not self._in_one_call():
+        if not self.picks_in_one_call():
             return decode_by_steps(self, trg, forced, h, c)
-        nothing = h.new_zeros(trg.shape[0], 0, h.shape[2])
-        decoded = attention_decoder(
-            trg[:, :-1],
-            (h, c),
-            nothing,
-            nothing[:, :, :0],
-            self.lstm.all_weights[0],
-            embedding=self.embedding.weight,
-            forced=forced,
-            output=(self.fc.weight, self.fc.bias),
-        )
+        run = self._loop(attention_decoder, h, c)
+        decoded = run(trg[:, :-1], forced=forced, **tables(self))
         return self.fc(decoded.features)
 
-    def _in_one_call(self) -> bool:
-        """Whether the parts are what :class:`Decoder` made them."""
+    def alone(self, function: Callable, steps: int | None, h: Tensor, c: Tensor) -> Callable | None:
+        served = self.picks_in_one_call() and picks_obstacle("lstm", h, h, steps, None) is None
+        return self._loop(function, h, c) if served else None
+
+    def _loop(self, function: Callable, h: Tensor, c: Tensor) -> Callable:
+        """The loop, on a source without positions; inputs are still to be given."""
+        nothing = h.new_zeros(h.shape[1], 0, h.shape[2])
+        return partial(
+            function,
+            hx=(h, c),
+            keys=nothing,
+            values=nothing[:, :, :0],
+            params=self.lstm.all_weights[0],
+        )
+
+    def picks_in_one_call(self) -> bool:
         return (
             is_lookup(self.embedding)
             and computes_as(self.fc, nn.Linear)

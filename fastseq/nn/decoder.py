@@ -16,6 +16,7 @@ from fastseq.backends import Explanation
 from fastseq.functional import attention_decoder
 from fastseq.functional.beams import attention_beams
 from fastseq.functional.decoder import from_start, kind_of, past_end
+from fastseq.functional.samples import attention_samples
 from fastseq.nn.rnn import GRU, LSTM, RNN
 
 __all__ = ["AttentionDecoder"]
@@ -239,7 +240,6 @@ class AttentionDecoder(nn.Module):
         past = past_end(tokens, end_token)
         return tokens.masked_fill(past, end_token), weights.masked_fill(past.unsqueeze(2), 0)
 
-    @torch.no_grad()
     def search(
         self,
         start: Tensor,
@@ -255,12 +255,35 @@ class AttentionDecoder(nn.Module):
 
         Args:
             start, hx, encoder_outputs, mask: as in :meth:`generate`.
-            options: of :func:`fastseq.functional.beams.attention_beams`, which says what returns.
+            options: of :func:`fastseq.functional.attention_beams`, which says what returns.
         """
+        return self._on_a_cpu(attention_beams, start, hx, encoder_outputs, mask, options)
+
+    def draw(
+        self,
+        start: Tensor,
+        hx: tuple[Tensor, ...] | Tensor,
+        encoder_outputs: Tensor,
+        *,
+        mask: Tensor | None = None,
+        **options: object,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Sampling in one call of the kernel; None where it is not one.
+
+        :func:`fastseq.decoding.sample` takes models with such a decoder, and calls this.
+
+        Args:
+            start, hx, encoder_outputs, mask: as in :meth:`generate`.
+            options: of :func:`fastseq.functional.attention_samples`, which says what returns.
+        """
+        return self._on_a_cpu(attention_samples, start, hx, encoder_outputs, mask, options)
+
+    @torch.no_grad()
+    def _on_a_cpu(self, function, start, hx, encoder_outputs, mask, options):
         runs = encoder_outputs.is_cpu and self.explained(values=encoder_outputs).backend == "cpu"
         if not runs or torch.is_autocast_enabled("cpu"):
             return None
-        return attention_beams(
+        return function(
             start,
             (hx,) if isinstance(hx, Tensor) else tuple(hx),
             *self._source(encoder_outputs),

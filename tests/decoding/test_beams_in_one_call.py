@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import fastseq
-from fastseq import _native
-from fastseq.decoding import beam_search
-from fastseq.functional.beams import attention_beams
+from fastseq import _native, explain
+from fastseq.decoding import beam_search, greedy
+from fastseq.functional import attention_beams
 from fastseq.models import attention as fast_attention
 from fastseq.models import bahdanau as fast_bahdanau
+from fastseq.models import plain as fast_plain
 from fastseq.reference import decoder as reference
 from fastseq.testing import assert_close_to_reference
 from fastseq.testing_decoder import decoder_case
@@ -74,6 +75,25 @@ def test_it_is_the_search_in_python(kind, options):
         assert_same(found, expected)
     each = torch.randint(23, (11,))
     assert_same(*both(model, src, **options | {"bos": each, "eos": each.flip(0)}))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_models_without_attention(options):
+    torch.manual_seed(0)
+    sizes = 23, 5, 9
+    model = fast_plain.Seq2Seq(fast_plain.Encoder(*sizes), fast_plain.Decoder(*sizes)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)
+    src = torch.randint(23, (11, 6))
+    options = {"max_length": 14, "width": 4, "n_best": min(3, options.get("width", 4))} | options
+    found, expected = both(model, src, **options)
+    assert_same(found, expected)
+    assert explain(beam_search, model, src).backend == "cpu"
+    greedy_one = greedy(model, src, max_length=14)
+    assert torch.equal(greedy_one, beam_search(model, src, max_length=14, width=1).tokens[:, 0])
+    model.decoder.generate = lambda *_, **__: None
+    assert torch.equal(greedy_one, greedy(model, src, max_length=14))
 
 
 def test_targets_end_at_different_steps():
@@ -218,6 +238,46 @@ def test_logits_that_are_nan():
 def test_a_start_outside_the_vocabulary():
     with pytest.raises(IndexError, match=r"0\.\.22"):
         beam_search(make("attention"), torch.randint(23, (2, 4)), bos=23)
+
+
+BAD = [
+    ({"width": 0}, ValueError, "width of at least 1, got 0"),
+    ({"width": 99}, ValueError, "width of at most V = [0-9]+, got 99"),
+    ({"n_best": 0}, ValueError, "n_best between 1 and width = 3, got 0"),
+    ({"n_best": 4}, ValueError, "n_best between 1 and width = 3, got 4"),
+    ({"min_length": -1}, ValueError, "min_length of at least 0, got -1"),
+    ({"no_repeat_ngram": -2}, ValueError, "no_repeat_ngram of at least 0, got -2"),
+    ({"penalties": [1.0]}, ValueError, "penalties of at least 2"),
+    ({"penalties": [1.0, 0.0]}, ValueError, "penalties of at least 2 finite numbers above 0"),
+    ({"penalties": [1.0, float("nan")]}, ValueError, "penalties of at least 2 finite numbers"),
+    ({"ends": torch.tensor([0, 1, 99])}, ValueError, "eos in 0.."),
+    ({"ends": torch.tensor([0, 1])}, ValueError, r"ends of shape \[B\] = \[3\]"),
+    ({"start": torch.tensor([0, -1, 2])}, IndexError, "tokens in 0.."),
+    ({"start": None}, ValueError, r"start of shape \[B\]"),
+    ({"mask": torch.ones(3, 9, dtype=torch.bool)}, ValueError, r"mask of shape \[B, S\]"),
+    ({"lengths": torch.tensor([1, 2, 9])}, ValueError, "lengths between 0 and S = 5"),
+    ({"output": None}, ValueError, "output as a tuple"),
+    ({"embedding": None}, ValueError, "an embedding"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[str(row[0]) for row in BAD])
+def test_bad_arguments(change, kind, message):
+    case = decoder_case("gru", T=1, B=3, S=5, forced=(True,))
+    i = case.inputs
+    arguments = {
+        "start": torch.tensor([1, 2, 0]), "hx": (i["h0"],), "keys": i["keys"], "cell": "gru",
+        "values": i["values"], "embedding": i["embedding"], "query_weight": i["query_weight"],
+        "v": i["v"], "params": [t for n, t in i.items() if n.startswith(("weight_", "bias_"))],
+        "output": tuple(t.float() for t in case.options["output"]), "penalties": [1.0] * 4,
+        "width": 3,
+    }  # fmt: skip
+    tokens, scores, lengths = attention_beams(**arguments)
+    assert not scores.requires_grad and lengths.tolist() == [[3]] * 3
+    with pytest.raises(kind, match=f"^fastseq.attention_beams: expected {message}"):
+        attention_beams(**arguments | change)
+    with fastseq.use_backend("torch"), pytest.raises(NotImplementedError, match="fastseq.decoding"):
+        attention_beams(**arguments)
 
 
 def test_opcheck():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastseq.decoding import beam_search, greedy
+from fastseq.models import _alone
 from fastseq.models import bahdanau as fast_house
 from fastseq.reference import bahdanau as reference_house
 from fastseq.reference.attention import length_mask
@@ -74,9 +75,13 @@ def test_dropout_draws_what_the_reference_draws(
 def test_the_loop_is_one_call(ratio, make_pair, monkeypatch):
     _, fast = make_pair("bahdanau")
     calls, whole = [], fast_house.attention_decoder
-    monkeypatch.setattr(
-        fast_house, "attention_decoder", lambda *a, **k: calls.append(a[0].shape) or whole(*a, **k)
-    )
+
+    def noted(*args, **options):
+        calls.append((args[0] if args else options["input"]).shape)
+        return whole(*args, **options)
+
+    monkeypatch.setattr(fast_house, "attention_decoder", noted)
+    monkeypatch.setattr(_alone, "attention_decoder", noted)
     monkeypatch.setattr(fast_house.Stepper, "__call__", None)
     fast.train()(_tokens(3, 4), _tokens(3, 9), ratio)
     assert [shape[:2] for shape in calls] == [(3, 8)]

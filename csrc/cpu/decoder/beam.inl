@@ -31,15 +31,7 @@ int64_t largest_of(const T* x, int64_t n, int64_t k, T* value, int64_t* index) {
 template <class T>
 double log_sum_of_powers(const T* x, int64_t n) {
   constexpr int N = kLanes<T>;
-  T largest = x[0];
-  for (int64_t i = 0; i < n; i += N) {
-    if (n - i >= N) {
-      const T most = largest_lane<T>(load(x + i));
-      largest = most > largest ? most : largest;
-      continue;
-    }
-    for (int64_t j = i; j < n; ++j) largest = x[j] > largest ? x[j] : largest;
-  }
+  const T largest = largest_of_all(x, n);
   Vec<T> total{};
   for (int64_t i0 = 0; i0 < n; i0 += N * kChain) {
     Vec<T> sum{};
@@ -55,12 +47,11 @@ double log_sum_of_powers(const T* x, int64_t n) {
 
 template <class Cell, class T>
 struct DecoderBeamLoop {
-  using Loop = DecoderForwardLoop<Cell, T>;
+  using Loop = LogitsLoop<Cell, T>;
 
   const DecoderBeams<T>& a;
   const DecoderShape& s;
   Loop loop;
-  Packed<T> by_vocabulary;
 
   // A hypothesis and a token after it.
   struct Continuation {
@@ -93,19 +84,7 @@ struct DecoderBeamLoop {
   template <class Memory>
   void lay_out(Memory& memory, DecoderForward<T>& rows, Task* tasks, int64_t count,
                int64_t rows_a_task, typename Loop::Task* loops) {
-    auto by_row = [&](int64_t width) {
-      return StepRows<T>{memory.template take<T>(size_t(s.B * width)), 0, width};
-    };
-    rows.saved.input = by_row(s.input(0));
-    for (int64_t l = 0; l < s.L; ++l) {
-      rows.saved.h[l] = by_row(s.H);
-      rows.saved.out[l] = l && s.residual ? by_row(s.H) : rows.saved.h[l];
-    }
-    rows.saved.attended = by_row(s.A ? s.C + s.H : 0);
-    rows.features = by_row(s.features());
-    rows.weights = by_row(s.S);
-    loop.lay_out(memory, loops, count, rows_a_task);
-    by_vocabulary.lay_out(memory, s.V, rows.read(), true);
+    loop.lay_out(memory, rows, loops, count, rows_a_task);
     for (int64_t i = 0; i < count; ++i) {
       Task task{};
       task.sources = memory.template take<Source>(size_t(rows_a_task / a.width));
@@ -127,7 +106,6 @@ struct DecoderBeamLoop {
     return task.tokens + (row - task.rows.b0) * a.most;
   }
   double& score_of(Task& task, int64_t row) const { return task.scores[row - task.rows.b0]; }
-  T* input_of(int64_t row) const { return loop.a.saved.input.at(0, row); }
 
   void begin(Task& task) {
     for (int64_t row = task.rows.b0; row < task.rows.b1; row += a.width) {
@@ -140,7 +118,7 @@ struct DecoderBeamLoop {
         copy_row(loop.a.saved.h[l].at(0, row), loop.a.h0 + state, s.H);
         if (Cell::kStates == 2) copy_row(loop.c_of(task.rows, l, row), loop.a.c0 + state, s.H);
       }
-      copy_row(input_of(row), loop.a.table + a.start[b] * s.E, s.E);
+      loop.feed(row, a.start[b]);
     }
   }
 
@@ -251,7 +229,7 @@ struct DecoderBeamLoop {
       tokens[length - 1] = next.token;
       score_of(task, row + w) = next.score;
       moves |= next.parent != w;
-      copy_row(input_of(row + w), loop.a.table + next.token * s.E, s.E);
+      loop.feed(row + w, next.token);
     }
     auto gather = [&](T* rows, int64_t width) {
       for (int64_t i = 0; i < live * width; ++i) task.spare[i] = rows[i];
@@ -267,18 +245,6 @@ struct DecoderBeamLoop {
     if (s.feeds) gather(loop.a.features.at(0, row), s.A);
   }
 
-  // Logits of the first `count` live rows.
-  void multiply(Task& task, int64_t t, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) task.rows.from[i] = loop.read(task.rows, t, i);
-    by_vocabulary.multiply(
-        count, task.rows.from,
-        [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
-          if (loop.a.b_out) sum += load(loop.a.b_out + column, lanes);
-          store(task.logits + i * s.V + column, sum, lanes);
-        },
-        loop.inner);
-  }
-
   void run(Task& task) {
     begin(task);
     for (int64_t t = 0; t < a.most; ++t) {
@@ -291,7 +257,7 @@ struct DecoderBeamLoop {
       }
       if (!count) return;
       loop.step(task.rows, t, count);
-      multiply(task, t, count);
+      loop.logits(task.rows, t, count, task.logits);
       T* logits = task.logits;
       for (int64_t row = task.rows.b0; row < task.rows.b1; row += a.width) {
         Source& source = task.sources[(row - task.rows.b0) / a.width];
@@ -310,13 +276,10 @@ void decoder_beams(const DecoderBeams<T>& a, const Threads& threads) {
   DecoderForward<T> rows = a.rows;
   const DecoderShape& s = rows.shape;
   const int64_t work = decoder_work(s, Cell::kGates) + s.V * rows.read();
-  // As rows_a_task has it, of sources.
-  constexpr int64_t kWorthSharing = int64_t(1) << 18;
-  const bool worth = work * a.most * s.B >= kWorthSharing;
-  const int64_t each = max64(1, ceil_div(a.sources, worth ? threads.count : 1)) * a.width;
+  const int64_t each = rows_a_task(s, work, a.most, a.sources, threads);
   const int64_t count = ceil_div(s.B, each);
   const Threads inner = count == 1 ? threads : Threads{1, nullptr};
-  Beams beams{a, rows.shape, {rows, rows.shape, inner, KeyForms<T>::wanted(rows)}, {}};
+  Beams beams{a, s, {{rows, s, inner, KeyForms<T>::wanted(rows)}}};
   typename Beams::Task* tasks = nullptr;
   typename Beams::Loop::Task* loops = nullptr;
   auto lay_out = [&](auto& memory) {
@@ -329,8 +292,5 @@ void decoder_beams(const DecoderBeams<T>& a, const Threads& threads) {
   Scratch scratch(needed.bytes());
   lay_out(scratch);
   beams.loop.pack(threads);
-  beams.by_vocabulary.set_rows(0, rows.w_out, s.V, rows.read());
-  Packed<T>* vocabulary = &beams.by_vocabulary;
-  pack_all(&vocabulary, 1, threads);
   run_tasks(threads, count, [&](int64_t i) { beams.run(tasks[i]); });
 }

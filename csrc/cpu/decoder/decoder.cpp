@@ -25,6 +25,10 @@ namespace {
 
 #include "forward.inl"
 
+#include "logits.inl"
+
+#include "samples.inl"
+
 #include "beam.inl"
 
 #include "backward.inl"
@@ -34,9 +38,10 @@ namespace {
 template <class Cell, class T>
 constexpr DecoderFunctions<T> decoder_functions() {
   if constexpr (Cell::kParams == 0 && Cell::kMasks == 0) {
-    return {decoder_forward<Cell, T>, decoder_backward<Cell, T>, decoder_beams<Cell, T>};
+    return {decoder_forward<Cell, T>, decoder_backward<Cell, T>, decoder_beams<Cell, T>,
+            decoder_samples<Cell, T>};
   } else {
-    return {nullptr, nullptr, nullptr};
+    return {nullptr, nullptr, nullptr, nullptr};
   }
 }
 

@@ -123,6 +123,23 @@ struct DecoderBeams {
   int* not_numbers;       // set to 1 where logits are NaN or infinite
 };
 
+// Sampling; see fastseq/decoding/sampling.py for the distribution.
+template <class T>
+struct DecoderSamples {
+  // Of B sequences. What is saved, features, weights, h_n and c_n are not looked at.
+  DecoderForward<T> rows;
+  int64_t most;          // steps
+  const int64_t* start;  // [B]
+  const int64_t* ends;   // [B] or null: none
+  const double* drawn;   // [most, B], from [0, 1)
+  double temperature;    // finite, above 0
+  int64_t top_k;         // at least 1
+  double top_p;          // above 0, at most 1
+  int64_t* tokens;       // [B, most], zero at first
+  int64_t* lengths;      // [B], zero at first: tokens of each, its end included
+  int* not_numbers;      // set to 1 where logits are NaN, all minus infinity or infinite above
+};
+
 template <class T>
 struct DecoderBackward : DecoderInputs<T> {
   const int64_t* tokens;  // [B, T]: those that were fed; or null

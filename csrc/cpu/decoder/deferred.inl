@@ -164,8 +164,9 @@ template <class Cell, class T>
 void decoder_backward(const DecoderBackward<T>& a, const Threads& threads) {
   using Loop = DecoderBackwardLoop<Cell, T>;
   Loop loop{a, a.shape, KeyForms<T>::wanted(a)};
-  const int64_t rows = rows_a_task(a.shape, decoder_work(a.shape, Cell::kGates), threads);
-  const int64_t count = ceil_div(a.shape.B, rows);
+  const DecoderShape& s = a.shape;
+  const int64_t rows = rows_a_task(s, decoder_work(s, Cell::kGates), s.T, s.B, threads);
+  const int64_t count = ceil_div(s.B, rows);
   typename Loop::Task* tasks = nullptr;
   auto lay_out = [&](auto& memory) {
     tasks = memory.template take<typename Loop::Task>(size_t(count));

@@ -387,11 +387,12 @@ struct DecoderForwardLoop {
   }
 };
 
-// Sequences need nothing from each other: a share of them a thread.
-inline int64_t rows_a_task(const DecoderShape& s, int64_t multiply_adds, const Threads& threads) {
+// Sequences need nothing from each other: a share of `groups`, of `width` rows each, a thread.
+inline int64_t rows_a_task(const DecoderShape& s, int64_t work, int64_t steps, int64_t groups,
+                           const Threads& threads) {
   constexpr int64_t kWorthSharing = int64_t(1) << 18;
-  const bool worth = multiply_adds * s.T * s.B >= kWorthSharing;
-  return max64(1, ceil_div(s.B, worth ? threads.count : 1));
+  const bool worth = work * steps * s.B >= kWorthSharing;
+  return max64(1, ceil_div(groups, worth ? threads.count : 1)) * s.width;
 }
 
 // Multiply-adds of a step and sequence.
@@ -404,8 +405,9 @@ inline int64_t decoder_work(const DecoderShape& s, int64_t gates) {
 template <class Cell, class T>
 void decoder_forward(const DecoderForward<T>& a, const Threads& threads) {
   using Loop = DecoderForwardLoop<Cell, T>;
-  const int64_t rows = rows_a_task(a.shape, decoder_work(a.shape, Cell::kGates), threads);
-  const int64_t count = ceil_div(a.shape.B, rows);
+  const DecoderShape& s = a.shape;
+  const int64_t rows = rows_a_task(s, decoder_work(s, Cell::kGates), s.T, s.B, threads);
+  const int64_t count = ceil_div(s.B, rows);
   Loop loop{a, a.shape, count == 1 ? threads : Threads{1, nullptr}, KeyForms<T>::wanted(a)};
   typename Loop::Task* tasks = nullptr;
   auto lay_out = [&](auto& memory) {
