@@ -309,6 +309,10 @@ def _unproved(cell: str, x: Tensor, part: str = "recurrent") -> str | None:
     return None if said is None else f"the CUDA kernel is {said}; use_backend('cuda') runs it"
 
 
+# As csrc/cpu/decoder/decoder.h has it.
+MOST_DECODER_LAYERS = 8
+
+
 def decoder_obstacle(
     values: Tensor,
     params: Sequence[Tensor],
@@ -324,7 +328,15 @@ def decoder_obstacle(
         RuntimeError: it can't, and use_backend("cpu") or ("cuda") is in force.
     """
     obstacle = recurrent_obstacle(kind.cell, values, params)
+    if obstacle is None and (deeper := _too_deep(values, kind)):
+        obstacle = refuse(kind.cell, deeper)
     return obstacle or _slower_decoder(values, params, kind, T, K)
+
+
+def _too_deep(values: Tensor, kind: measured_cuda.DecoderKind) -> str | None:
+    if values.is_cuda or kind.layers <= MOST_DECODER_LAYERS:
+        return None
+    return f"the kernel takes at most {MOST_DECODER_LAYERS} layers, got {kind.layers}"
 
 
 def _slower_decoder(
@@ -514,7 +526,7 @@ def decoder_explanation(
         return Explanation(op, "torch", reason)
     obstacle = _FORCED_TORCH if _forced.get() == "torch" else None
     obstacle = obstacle or _recurrent_obstacle(kind.cell, values, params, False)
-    obstacle = obstacle or _slower_decoder(values, params, kind, T, K)
+    obstacle = obstacle or _too_deep(values, kind) or _slower_decoder(values, params, kind, T, K)
     if obstacle is not None:
         return Explanation(op, "torch", f"{obstacle}; a step at a time")
     if not values.is_cuda:

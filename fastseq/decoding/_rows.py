@@ -6,6 +6,7 @@ Greedy decoding, sampling and beam search differ in which token follows; the loo
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +19,18 @@ from fastseq.functional.decoder import past_end
 from fastseq.nn.decoder import AttentionDecoder
 from fastseq.reference.attention import check_lengths, length_mask
 
-__all__ = ["PAD", "Choice", "Rows", "a_token_each", "check_max_length", "cut", "decode", "write"]
+__all__ = [
+    "PAD",
+    "Choice",
+    "Rows",
+    "a_token_each",
+    "check_integers",
+    "check_max_length",
+    "cut",
+    "decode",
+    "whole",
+    "write",
+]
 
 PAD = 0
 
@@ -43,12 +55,14 @@ class Rows:
 
         Raises:
             ValueError: ``src`` of another shape, ``lengths`` out of range or without use.
-            TypeError: ``lengths`` not int64.
+            TypeError: ``lengths`` not int64, ``src`` floating.
         """
         if src.dim() != 2:
             raise ValueError(
                 f"fastseq.{where}: expected src of shape [B, S], got {list(src.shape)}"
             )
+        if src.is_floating_point():
+            raise TypeError(f"fastseq.{where}: expected src of token ids, got {src.dtype}")
         decoder = model.decoder
         attends = hasattr(decoder, "stepper") or (
             "encoder_outputs" in inspect.signature(decoder.forward).parameters
@@ -126,6 +140,16 @@ class Rows:
                 self._step = self._step.select(kept)
 
 
+def whole(
+    model: nn.Module, way: str, src: Tensor, lengths: Tensor | None, start: Tensor, **options
+) -> tuple[Tensor, ...] | None:
+    """What the model's own ``in_one_call`` returns, source and all; None where it has none that
+    does."""
+    if lengths is not None or not hasattr(model, "in_one_call"):
+        return None
+    return model.in_one_call(way, src, start, **options)
+
+
 def cut(tokens: Tensor, weights: Tensor, end_token: int | None) -> tuple[Tensor, Tensor]:
     """Tokens [B, N] and weights [B, N, S] as far as a row goes on: what follows a row's first end
     is PAD."""
@@ -136,8 +160,20 @@ def cut(tokens: Tensor, weights: Tensor, end_token: int | None) -> tuple[Tensor,
     return tokens.masked_fill(past, PAD)[:, :steps], weights[:, :steps]
 
 
+def _has_stepper(decoder: nn.Module) -> bool:
+    """Whether a stepper stands for calling the decoder: not where hooks want to be called, or where
+    ``forward`` was written anew, on the decoder or in a class below the stepper's."""
+    if not isinstance(decoder, nn.Module) or "stepper" in decoder.__dict__:
+        return hasattr(decoder, "stepper")
+    hooks = decoder._forward_hooks or decoder._forward_pre_hooks or "forward" in decoder.__dict__
+    for kind in type(decoder).__mro__:
+        if hooks or "stepper" in vars(kind) or "forward" in vars(kind):
+            return not hooks and "stepper" in vars(kind)
+    return False
+
+
 def _prepare(decoder: nn.Module, outputs: Tensor, mask: Tensor | None) -> Callable:
-    step = decoder.stepper(outputs, mask) if hasattr(decoder, "stepper") else None
+    step = decoder.stepper(outputs, mask) if _has_stepper(decoder) else None
     return step if hasattr(step, "select") else _Prepared(decoder, outputs, mask, step)
 
 
@@ -253,8 +289,13 @@ def a_token_each(token: int | Tensor, src: Tensor, name: str, where: str) -> Ten
 
     Raises:
         ValueError: another shape.
+        TypeError: not of integers.
     """
     batch = src.shape[0]
+    if not isinstance(token, Tensor):
+        check_integers(where, **{name: token})
+    elif token.is_floating_point() or token.is_complex():
+        raise TypeError(f"fastseq.{where}: expected {name} of integers, got {token.dtype}")
     given = torch.as_tensor(token, dtype=torch.int64, device=src.device)
     if given.shape not in ((), (batch,)):
         raise ValueError(
@@ -264,11 +305,28 @@ def a_token_each(token: int | Tensor, src: Tensor, name: str, where: str) -> Ten
     return given.expand(batch)
 
 
+def check_integers(where: str, **given: object) -> None:
+    """Refuse what is no integer, by name.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, value in given.items():
+        try:
+            operator.index(value)
+        except TypeError:
+            raise TypeError(
+                f"fastseq.{where}: expected {name} to be an integer, got {value!r}"
+            ) from None
+
+
 def check_max_length(max_length: int, where: str) -> None:
     """Refuse a negative number of tokens.
 
     Raises:
         ValueError: it is.
+        TypeError: no integer.
     """
+    check_integers(where, max_length=max_length)
     if max_length < 0:
         raise ValueError(f"fastseq.{where}: expected max_length of at least 0, got {max_length}")

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastseq.decoding._rows import PAD, Choice, Rows, a_token_each, check_max_length, decode
+from fastseq.decoding._rows import (
+    PAD,
+    Choice,
+    Rows,
+    a_token_each,
+    check_integers,
+    check_max_length,
+    decode,
+    whole,
+)
 from fastseq.decoding._top import descending, top
 
 __all__ = ["Beams", "beam_search"]
@@ -17,6 +26,9 @@ __all__ = ["Beams", "beam_search"]
 # So many continuations of a source are ranked as they are, without each hypothesis's best first:
 # fewer operations, which is what a small step costs.
 FEW = 1024
+
+# Beyond, the penalty of a long target is no float64.
+MOST_PENALTY = 50
 
 
 class Beams(NamedTuple):
@@ -68,7 +80,7 @@ def beam_search(
         width: hypotheses a source, between 1 and V. With 1 and ``early_stop`` the result is that
             of :func:`greedy`.
         n_best: how many to return for each source, at most ``width``.
-        length_penalty: alpha of Wu's ((5 + l) / 6)^alpha, at least 0 (0: none), or "average" for l.
+        length_penalty: alpha of Wu's ((5 + l) / 6)^alpha, 0 (none) to 50, or "average" for l.
         min_length: tokens a target has before ``eos`` at the least.
         early_stop: end a source at ``width`` finished hypotheses. If False, only when nothing in
             its beam can still come among its ``n_best``.
@@ -83,7 +95,7 @@ def beam_search(
     Raises:
         ValueError: an option out of range, ``bos`` or ``eos`` of another shape, ``lengths`` out of
             range.
-        TypeError: ``lengths`` not int64.
+        TypeError: ``lengths`` not int64, an option not the number it should be.
         RuntimeError: logits that are NaN.
 
     Source: Sutskever, Vinyals, Le 2014 (search); Wu et al. 2016, "Google's Neural Machine
@@ -94,11 +106,13 @@ def beam_search(
     )
     start = a_token_each(bos, src, "bos", "beam_search")
     ends = None if eos is None else a_token_each(eos, src, "eos", "beam_search")
-    rows = Rows(model, src, lengths, "beam_search")
-    if max_length:
-        found = rows.alone("search", start, ends=ends, **options.of_a_kernel())
-        if found is not None:
-            return _trimmed(Beams(*found))
+    given = {"ends": ends, **options.of_a_kernel()}
+    found = whole(model, "beams", src, lengths, start, **given) if max_length else None
+    if found is None:
+        rows = Rows(model, src, lengths, "beam_search")
+        found = rows.alone("search", start, **given) if max_length else None
+    if found is not None:
+        return _trimmed(Beams(*found))
     search = _Search(rows, ends, options)
     decode(rows, start, max_length, search.choose)
     return search.result()
@@ -116,6 +130,8 @@ class _Options:
 
     def __post_init__(self) -> None:
         check_max_length(self.max_length, "beam_search")
+        names = ("width", "n_best", "min_length", "no_repeat_ngram")
+        check_integers("beam_search", **{name: getattr(self, name) for name in names})
         where = "fastseq.beam_search: expected"
         if self.width < 1:
             raise ValueError(f"{where} width of at least 1, got {self.width}")
@@ -131,7 +147,9 @@ class _Options:
                 )
         elif not 0 <= penalty < torch.inf:
             raise ValueError(f"{where} length_penalty of at least 0, got {penalty}")
-        for name in ("min_length", "no_repeat_ngram"):
+        elif penalty > MOST_PENALTY:
+            raise ValueError(f"{where} length_penalty of at most {MOST_PENALTY}, got {penalty}")
+        for name in names[2:]:
             if getattr(self, name) < 0:
                 raise ValueError(f"{where} {name} of at least 0, got {getattr(self, name)}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastseq.decoding._rows import Rows, a_token_each, check_max_length, cut, write
+from fastseq.decoding._rows import Rows, a_token_each, check_max_length, cut, whole, write
 
 __all__ = ["greedy"]
 
@@ -43,15 +43,15 @@ def greedy(
     Raises:
         ValueError: negative ``max_length``, ``bos`` or ``eos`` of another shape, ``lengths`` out of
             range, weights asked of a model without attention.
-        TypeError: ``lengths`` not int64.
+        TypeError: ``lengths`` not int64, an option not the number it should be.
     """
     check_max_length(max_length, "greedy")
     start = a_token_each(bos, src, "bos", "greedy")
     ends = None if eos is None else a_token_each(eos, src, "eos", "greedy")
     one_end = eos is None or isinstance(eos, int)
     found = None
-    if one_end and lengths is None and hasattr(model, "greedy_in_one_call"):
-        found = model.greedy_in_one_call(src, start, max_length, eos)
+    if one_end:
+        found = whole(model, "greedy", src, lengths, start, max_length=max_length, end_token=eos)
         found = found and cut(*found, eos)
     if found is None:
         rows = Rows(model, src, lengths, "greedy")

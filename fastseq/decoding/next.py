@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastseq.decoding._rows import Choice, Rows, a_token_each, decode
+from fastseq.decoding._rows import Choice, Rows, a_token_each, check_integers, decode
 from fastseq.decoding._top import top
 
 __all__ = ["next_tokens"]
@@ -36,9 +36,10 @@ def next_tokens(
 
     Raises:
         ValueError: ``k`` out of range, ``prefix`` of another shape, ``lengths`` out of range.
-        TypeError: ``lengths`` not int64.
+        TypeError: ``lengths`` not int64, ``k`` no integer.
     """
     where = "fastseq.next_tokens: expected"
+    check_integers("next_tokens", k=k)
     if k < 1:
         raise ValueError(f"{where} k of at least 1, got {k}")
     if isinstance(prefix, Tensor) and prefix.dim() == 2:

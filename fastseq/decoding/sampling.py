@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastseq.decoding._rows import Rows, a_token_each, check_max_length, write
+from fastseq.decoding._rows import (
+    Rows,
+    a_token_each,
+    check_integers,
+    check_max_length,
+    whole,
+    write,
+)
 from fastseq.decoding._top import descending, top
 from fastseq.functional.samples import check_sampling
 
@@ -62,25 +70,37 @@ def sample(
     Raises:
         ValueError: an option out of range, ``bos`` or ``eos`` of another shape, ``lengths`` out of
             range.
-        TypeError: ``lengths`` not int64.
+        TypeError: ``lengths`` not int64, an option not the number it should be.
         RuntimeError: logits that are NaN or all minus infinity.
 
     Source: Fan, Lewis, Dauphin 2018, "Hierarchical Neural Story Generation" (top-k); Holtzman et
     al. 2020, "The Curious Case of Neural Text Degeneration" (nucleus).
     """
     check_max_length(max_length, "sample")
+    if top_k is not None:
+        check_integers("sample", top_k=top_k)
     check_sampling("fastseq.sample", temperature, top_k, top_p)
     start = a_token_each(bos, src, "bos", "sample")
     ends = None if eos is None else a_token_each(eos, src, "eos", "sample")
     if isinstance(generator, int):
         generator = torch.Generator(src.device).manual_seed(generator)
     device = src.device if generator is None else generator.device
-    rows = Rows(model, src, lengths, "sample")
+    rows = None
     if 0 < len(src) * max_length <= MOST_AHEAD and src.is_cpu and device.type == "cpu":
         options = {"ends": ends, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        found = _drawn_ahead(rows, start, max_length, generator, options)
+
+        def loop(drawn: Tensor) -> tuple[Tensor, ...] | None:
+            nonlocal rows
+            found = whole(model, "samples", src, lengths, start, drawn=drawn, **options)
+            if found is None:
+                rows = Rows(model, src, lengths, "sample")
+                found = rows.alone("draw", start, drawn=drawn, **options)
+            return found
+
+        found = _drawn_ahead(loop, len(src), max_length, generator)
         if found is not None:
             return found
+    rows = rows or Rows(model, src, lengths, "sample")
 
     def pick(logits: Tensor) -> Tensor:
         drawn = torch.rand(len(src), dtype=torch.float64, device=device, generator=generator)
@@ -90,22 +110,19 @@ def sample(
 
 
 def _drawn_ahead(
-    rows: Rows,
-    start: Tensor,
-    max_length: int,
-    generator: torch.Generator | None,
-    options: dict[str, object],
+    loop: Callable, batch: int, max_length: int, generator: torch.Generator | None
 ) -> Tensor | None:
-    """Tokens [B, N] by the decoder's own loop; None where it has none. The generator is left as by
-    the other loop, which draws for one step after the other and none after the last."""
+    """Tokens [B, N] by a loop that is given all numbers, [N, B]; None where it returns None. The
+    generator is left as by the other loop, which draws for one step after the other and none after
+    the last."""
     generator = torch.default_generator if generator is None else generator
     before = generator.get_state()
     draw = partial(torch.rand, dtype=torch.float64, device="cpu", generator=generator)
-    found = rows.alone("draw", start, drawn=draw(max_length, len(start)), **options)
+    found = loop(draw(max_length, batch))
     steps = 0 if found is None else int(found[1].max())
     if steps < max_length:
         generator.set_state(before)
-        draw(steps, len(start))
+        draw(steps, batch)
     return None if found is None else found[0][:, :steps]
 
 

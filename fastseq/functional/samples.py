@@ -94,7 +94,7 @@ def attention_samples(
     if drawn.numel() and not 0 <= float(drawn.min()) <= float(drawn.max()) < 1:
         raise ValueError(f"{op}: expected drawn in [0, 1), got others")
     tokens, counts = attention_decoder_samples(
-        *arguments, drawn, float(temperature), V if top_k is None else top_k, float(top_p)
+        *arguments, drawn, float(temperature), V if top_k is None else min(top_k, V), float(top_p)
     )
     return tokens, counts
 

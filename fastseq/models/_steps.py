@@ -80,11 +80,13 @@ def after_start(logits: Tensor | None, trg: Tensor, fc: nn.Linear) -> Tensor:
 def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` is ``kind.forward`` and nothing else.
 
-    False with a forward of its own (subclasses, quantised or adapted layers) and with hooks, which
-    is how pruning and the older weight_norm work: such a module has to be called.
+    False with a forward of its own (subclasses, quantised or adapted layers; one put on the module
+    itself, as offloading does) and with hooks, which is how pruning and the older weight_norm work:
+    such a module has to be called.
     """
     return getattr(type(module), "forward", None) is kind.forward and not (
-        module._forward_pre_hooks
+        "forward" in module.__dict__
+        or module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from fastseq import backends, nn
 from fastseq.models._steps import Forced, computes_as, is_lookup, is_one_layer
 from fastseq.ops import attention_seq2seq
 
-__all__ = ["greedy", "logits", "parameters"]
+__all__ = ["logits", "parameters", "write"]
 
 
 def parameters(model: nn.Module, kinds: tuple[type, type], src: Tensor) -> list[Tensor] | None:
@@ -51,9 +53,12 @@ def logits(given: list[Tensor] | None, src: Tensor, trg: Tensor, forced: Forced 
         return None
 
 
-def greedy(given: list[Tensor] | None, *arguments) -> tuple[Tensor, Tensor] | None:
-    """Tokens and weights, as :func:`fastseq.ops.attention_seq2seq.greedy`; None as above."""
+def write(
+    way: str, given: list[Tensor] | None, src: Tensor, start: Tensor, options: dict[str, object]
+) -> Sequence[Tensor] | None:
+    """What the function ``way`` of :mod:`fastseq.ops.attention_seq2seq` returns: "greedy", "beams"
+    or "samples"; None as above."""
     try:
-        return None if given is None else attention_seq2seq.greedy(*arguments, given)
+        return given and getattr(attention_seq2seq, way)(src, start, given, **options)
     except RuntimeError:
         return None

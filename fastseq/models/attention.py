@@ -10,7 +10,7 @@ Translate".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -335,7 +335,7 @@ class Decoder(WritesAlone, nn.Module):
         return partial(self._loop(function, encoder_outputs, mask), hx=(hidden, cell))
 
     def picks_in_one_call(self) -> bool:
-        return self._in_one_call(False)
+        return computes_as(self, Decoder) and self._in_one_call(False)
 
     def _loop(self, function: Callable, encoder_outputs: Tensor, mask: Tensor | None) -> Callable:
         """The loop on a source, its keys projected; inputs and states are still to be given."""
@@ -489,12 +489,13 @@ class Seq2Seq(nn.Module):
         forced = draw_forced(trg.shape[1] - 1, teacher_forcing_ratio)
         return self.decoder.features(*self._prepare(src, trg, forced, lengths))
 
-    def greedy_in_one_call(
-        self, src: Tensor, start: Tensor, max_length: int, end_token: int | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Greedy decoding of full sources [B, S] in one call, as :meth:`Decoder.generate`; None
-        where it is not one."""
-        return _whole.greedy(self._parameters_of_one(src), src, start, max_length, end_token)
+    def in_one_call(
+        self, way: str, src: Tensor, start: Tensor, **options: object
+    ) -> Sequence[Tensor] | None:
+        """Decoding of full sources [B, S] in one call, the encoder's steps too; None where it is
+        not one. ``way`` and ``options``: a function of :mod:`fastseq.ops.attention_seq2seq`, which
+        says what returns, and what it takes."""
+        return _whole.write(way, self._parameters_of_one(src), src, start, options)
 
     def _parameters_of_one(self, src: Tensor) -> list[Tensor] | None:
         return _whole.parameters(self, (Encoder, Decoder), src)

@@ -271,7 +271,8 @@ class Decoder(WritesAlone, nn.Module):
 
     def picks_in_one_call(self) -> bool:
         return (
-            self._scores_in_one_call()
+            computes_as(self, Decoder)
+            and self._scores_in_one_call()
             and is_one_layer(self.gru, nn.GRU)
             and is_lookup(self.embedding)
             and all(computes_as(each, nn.Dropout) for each in (self.dropout, self.output_dropout))

@@ -122,7 +122,8 @@ class Decoder(WritesAlone, nn.Module):
 
     def picks_in_one_call(self) -> bool:
         return (
-            is_lookup(self.embedding)
+            computes_as(self, Decoder)
+            and is_lookup(self.embedding)
             and computes_as(self.fc, nn.Linear)
             and is_one_layer(self.lstm, nn.LSTM)
         )

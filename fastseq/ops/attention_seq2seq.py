@@ -1,16 +1,18 @@
-"""``fastseq::attention_seq2seq_fwd``, ``_bwd`` and ``_greedy``: fastseq.models.attention in one
-call, from tokens to logits or to tokens.
+"""``fastseq::attention_seq2seq_fwd``, ``_bwd``, ``_greedy``, ``_beams`` and ``_samples``:
+fastseq.models.attention in one call, from tokens to logits or to tokens.
 
-The schemas and CPU kernels are in csrc/ops/attention_seq2seq.cpp; here are shapes (for tracing) and
-autograd. src [B, S] and trg [B, T], int64; ``forced`` [T-1], bool, or None; ``parameters`` are the
-source's table [Vs, E], the encoder's w_ih, w_hh, b_ih and b_hh, the target's table [V, E], the
-attention's weight [H, 2H] and bias [H], v [1, H], the decoder's four, and the output layer's weight
-[V, 2H] and bias [V].
+The schemas and CPU kernels are in csrc/ops/attention_seq2seq.cpp and attention_seq2seq_writes.cpp;
+here are shapes (for tracing) and autograd. src [B, S] and trg [B, T], int64; ``forced`` [T-1],
+bool, or None; ``parameters`` are the source's table [Vs, E], the encoder's w_ih, w_hh, b_ih and
+b_hh, the target's table [V, E], the attention's weight [H, 2H] and bias [H], v [1, H], the
+decoder's four, and the output layer's weight [V, 2H] and bias [V].
 
 Forward returns logits [B, T, V], zero at position 0, and, with ``save``, what the backward pass is
 given of it; that returns the gradients of the parameters. Greedy takes the first tokens ``start``
 [B] and N + 1 entries of ``forced``, of which the first alone is True, and returns tokens [B, N+1],
-that first one included, and attention weights [B, N, S].
+that first one included, and attention weights [B, N, S]. Beams and samples take what
+``attention_decoder_beams`` and ``_samples`` do of ``start``, ``ends`` and options, and return what
+these do.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fastseq.ops.recurrent import CELLS
 from fastseq.reference.decoder import attention_decoder as _reference_decoder
 from fastseq.reference.rnn import lstm as _reference_lstm
 
-__all__ = ["greedy", "run"]
+__all__ = ["beams", "greedy", "run", "samples"]
 
 # None where there are no kernels, whose callers do not get this far.
 _LSTM = CELLS.get("lstm")
@@ -39,16 +41,64 @@ def run(src: Tensor, trg: Tensor, forced: Tensor | None, parameters: list[Tensor
 
 
 def greedy(
-    src: Tensor, start: Tensor, steps: int, end_token: int | None, parameters: list[Tensor]
+    src: Tensor,
+    start: Tensor,
+    parameters: list[Tensor],
+    *,
+    max_length: int,
+    end_token: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens [B, steps], and attention weights [B, steps, S]; no gradients."""
+    """The likeliest tokens [B, max_length], and attention weights [B, max_length, S]; no
+    gradients."""
     end_token = -1 if end_token is None else end_token
-    forced = torch.tensor((True, *[False] * steps))
+    forced = torch.tensor((True, *[False] * max_length))
     with torch._C._AutoDispatchBelowAutograd():
         tokens, weights = attention_seq2seq_greedy(
             _LSTM.number, src, start, forced, end_token, parameters
         )
     return tokens[:, 1:], weights
+
+
+def beams(
+    src: Tensor,
+    start: Tensor,
+    parameters: list[Tensor],
+    *,
+    ends: Tensor | None,
+    penalties: list[float],
+    width: int,
+    n_best: int,
+    min_length: int,
+    no_repeat_ngram: int,
+    early_stop: bool,
+) -> list[Tensor]:
+    """Tokens, scores and lengths, as :func:`fastseq.functional.attention_beams`."""
+    penalties = torch.tensor(penalties, dtype=torch.float64, device="cpu")
+    with torch._C._AutoDispatchBelowAutograd():
+        return attention_seq2seq_beams(
+            _LSTM.number, src, start, ends, penalties, width, n_best, min_length, no_repeat_ngram,
+            early_stop, parameters,
+        )  # fmt: skip
+
+
+def samples(
+    src: Tensor,
+    start: Tensor,
+    parameters: list[Tensor],
+    *,
+    ends: Tensor | None,
+    drawn: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+) -> list[Tensor]:
+    """Tokens and lengths, as :func:`fastseq.functional.attention_samples`."""
+    V = parameters[-1].shape[0]
+    kept = V if top_k is None else min(top_k, V)
+    with torch._C._AutoDispatchBelowAutograd():
+        return attention_seq2seq_samples(
+            _LSTM.number, src, start, ends, drawn, temperature, kept, top_p, parameters
+        )
 
 
 class _Seq2Seq(torch.autograd.Function):
@@ -125,6 +175,17 @@ def _greedy_fake(cell, src, start, forced, end_token, parameters):
     return [src.new_empty(B, N + 1), parameters[-1].new_empty(B, N, S)]
 
 
+def _beams_fake(cell, src, start, ends, penalties, width, n_best, *options):
+    B, N = start.shape[0], penalties.shape[0] - 1
+    tokens, lengths = start.new_empty(B, n_best, N), start.new_empty(B, n_best)
+    return [tokens, penalties.new_empty(B, n_best), lengths]
+
+
+def _samples_fake(cell, src, start, ends, drawn, *options):
+    B = start.shape[0]
+    return [start.new_empty(B, drawn.shape[0]), start.new_empty(B)]
+
+
 def _bwd_fake(cell, dlogits, src, kept, parameters):
     return [torch.empty_like(t) for t in parameters]
 
@@ -148,8 +209,13 @@ if _native.loaded():
     torch.library.register_fake("fastseq::attention_seq2seq_fwd")(_fwd_fake)
     attention_seq2seq_greedy = torch.ops.fastseq.attention_seq2seq_greedy.default
     torch.library.register_fake("fastseq::attention_seq2seq_greedy")(_greedy_fake)
+    attention_seq2seq_beams = torch.ops.fastseq.attention_seq2seq_beams.default
+    torch.library.register_fake("fastseq::attention_seq2seq_beams")(_beams_fake)
+    attention_seq2seq_samples = torch.ops.fastseq.attention_seq2seq_samples.default
+    torch.library.register_fake("fastseq::attention_seq2seq_samples")(_samples_fake)
     torch.library.register_fake("fastseq::attention_seq2seq_bwd")(_bwd_fake)
     _library = torch.library.Library("fastseq", "IMPL")
     _library.impl("attention_seq2seq_fwd", _fwd_autograd, "Autograd")
 else:
     attention_seq2seq_fwd = attention_seq2seq_bwd = attention_seq2seq_greedy = None
+    attention_seq2seq_beams = attention_seq2seq_samples = None

@@ -36,20 +36,25 @@ def make(kind, vocabulary=V, E=5, H=9, dtype=torch.float64):
 
 
 def both(model, *args, **options):
-    """What the kernel draws, and what the loop in Python does; the generators' states after."""
-    calls, states = [], []
-    draw = model.decoder.draw
-    ways = (lambda *a, **k: calls.append(draw(*a, **k)) or calls[-1], lambda *a, **k: None)
-    tokens = []
-    for way in ways:
-        model.decoder.draw = way
+    """What the kernel draws, and what the loop in Python does; the generators' states after are the
+    same. The kernel is given a source that was read, and, where it can be, the source itself."""
+    calls, states, tokens = [], [], []
+    draw, whole = model.decoder.draw, getattr(model, "in_one_call", lambda *a, **k: None)
+    ways = (
+        (lambda *a, **k: None, lambda *a, **k: None),
+        (lambda *a, **k: calls.append(draw(*a, **k)) or calls[-1], lambda *a, **k: None),
+        (draw, whole),
+    )
+    for model.decoder.draw, model.in_one_call in ways:
         generator = torch.Generator().manual_seed(7)
         tokens.append(sample(model, *args, **options, generator=generator))
         states.append(generator.get_state())
-    del model.decoder.draw
+    del model.decoder.draw, model.in_one_call
     assert len(calls) == 1 and calls[0] is not None
-    assert torch.equal(*states)
-    return tokens
+    for state in states[1:]:
+        assert torch.equal(states[0], state)
+    assert torch.equal(tokens[1], tokens[2])
+    return tokens[1], tokens[0]
 
 
 LEFT_OUT = [
@@ -222,6 +227,14 @@ def test_tokens_past_an_end_are_padding():
         assert row == (whole[:end] + [0] * 20)[: len(row)]
         lengths.add(end)
     assert len(lengths) > 4
+
+
+def test_the_source_is_read_in_the_same_call(monkeypatch):
+    model, src = make("attention"), torch.randint(V, (6, 5))
+    expected, after = sample(model, src, max_length=9, generator=2), sample(model, src, generator=3)
+    monkeypatch.setattr(sampling, "Rows", None)
+    assert torch.equal(sample(model, src, max_length=9, generator=2), expected)
+    assert torch.equal(sample(model, src, generator=3), after)
 
 
 def test_what_the_kernel_leaves_to_python(monkeypatch):

@@ -214,6 +214,16 @@ BAD = [
 ]
 
 
+def test_options_of_another_kind(model):
+    src = torch.randint(9, (3, 4))
+    with pytest.raises(TypeError, match="^fastseq.sample: expected top_k to be an integer"):
+        sample(model, src, top_k=2.5)
+    with pytest.raises(TypeError, match="^fastseq.sample: expected src of token ids, got torch.f"):
+        sample(model, src.float())
+    expected = sample(model, src, generator=1)
+    assert torch.equal(sample(model, src, generator=1, top_k=10**30), expected)
+
+
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[str(row[0]) for row in BAD])
 def test_bad_arguments(model, change, message):
     with pytest.raises(ValueError, match=f"^fastseq.sample: expected.*{message}"):

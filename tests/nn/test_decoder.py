@@ -123,6 +123,21 @@ def test_the_location_score_as_it_is_written(cumulative):
                if n.startswith("location"))  # fmt: skip
 
 
+def test_more_layers_than_the_kernel_takes():
+    module, tokens, hx, outputs = make(num_layers=9)
+    assert "at most 8 layers" in str(fastseq.explain(module, tokens, hx, outputs))
+    got = module(tokens, hx, outputs)[0]
+    with fastseq.use_backend("torch"):
+        assert torch.equal(got, module(tokens, hx, outputs)[0])
+    chosen, _ = module.generate(tokens[:, 0], hx, outputs, 4, end_token=2)
+    assert chosen.shape == (3, 4)
+    assert module.search(tokens[:, 0], hx, outputs, penalties=[1.0] * 3, width=2) is None
+    assert module.draw(tokens[:, 0], hx, outputs, drawn=torch.rand(2, 3).double()) is None
+    if fastseq.explain(make()[0]).backend == "cpu":
+        with fastseq.use_backend("cpu"), pytest.raises(RuntimeError, match="at most 8 layers"):
+            module(tokens, hx, outputs)
+
+
 def test_it_says_what_it_runs():
     module, *_ = make(score="location")
     said = fastseq.explain(module)

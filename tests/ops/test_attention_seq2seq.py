@@ -37,6 +37,11 @@ def test_opcheck(dtype, forced):
     greedy = OPS.attention_seq2seq_greedy.default
     steps = torch.tensor((True, False, False))
     torch.library.opcheck(greedy, (0, src, trg[:, 0], steps, 2, detached))
+    beams, penalties = OPS.attention_seq2seq_beams.default, torch.ones(4, dtype=torch.float64)
+    options = (trg[:, 1], penalties, 3, 2, 1, 0, True)
+    torch.library.opcheck(beams, (0, src, trg[:, 0], *options, detached))
+    samples, drawn = OPS.attention_seq2seq_samples.default, torch.rand(4, B, dtype=torch.float64)
+    torch.library.opcheck(samples, (0, src, trg[:, 0], None, drawn, 1.0, V, 0.9, detached))
 
 
 def test_parameters_that_want_no_gradient_get_none():

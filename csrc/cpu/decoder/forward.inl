@@ -30,6 +30,7 @@ struct DecoderForwardLoop {
   // W_hh, and W_q below that of the top layer where it reads the same h.
   Packed<T> by_h[kMostLayers] = {};
   Packed<T> by_out = {}, by_attended = {};  // W_q, W_c, where attention comes after the cell
+  Likeliest<T> vocabulary = {};
   KeyForms<T> forms = {};
   T* bias[kMostLayers] = {};
 
@@ -48,7 +49,7 @@ struct DecoderForwardLoop {
     T* query;  // [rows, K], where it is not saved
     T* form;   // [K]
     T* read;   // [rows, a.read()]: what w_out reads
-    T* sums;   // of Likeliest
+    T* best;   // of Likeliest
     int64_t* likeliest;
   };
 
@@ -75,6 +76,7 @@ struct DecoderForwardLoop {
     by_beside.lay_out(memory, gates(), s.beside(), true);
     by_out.lay_out(memory, after() && a.w_q ? s.K : 0, s.H, true);
     by_attended.lay_out(memory, s.A, s.A ? s.C + s.H : 0, true);
+    vocabulary.weights.lay_out(memory, chooses() ? s.V : 0, chooses() ? a.read() : 0, true);
     forms.lay_out(memory, s, s.B / s.width, by_forms);
     for (int64_t i = 0; i < count; ++i) {
       Task task{};
@@ -91,16 +93,16 @@ struct DecoderForwardLoop {
       task.c = memory.template take<T>(size_t(s.L * rows * s.H));
       task.query = memory.template take<T>(size_t(a.saved.query.base ? 0 : rows * s.K));
       task.form = memory.template take<T>(size_t(by_forms ? s.K : 0));
-      task.read = memory.template take<T>(size_t(reads_apart() || chooses() ? rows * a.read() : 0));
+      task.read = memory.template take<T>(size_t(reads_apart() ? rows * a.read() : 0));
       const int64_t parts = chooses() ? min64(inner.count, kMostParts) : 0;
-      task.sums = memory.template take<T>(size_t(parts * Likeliest<T>::room(rows)));
+      task.best = memory.template take<T>(size_t(parts * rows));
       task.likeliest = memory.template take<int64_t>(size_t(parts * rows));
       if (tasks) tasks[i] = task;
     }
   }
 
   void pack(const Threads& threads) {
-    Packed<T>* all[2 * kMostLayers + 3];
+    Packed<T>* all[2 * kMostLayers + 4];
     int count = 0;
     by_beside.set_rows(0, a.layers[0].w_ih + s.E, gates(), s.input(0));
     all[count++] = &by_beside;
@@ -121,6 +123,11 @@ struct DecoderForwardLoop {
     if (after()) {
       by_attended.set_rows(0, a.w_c, s.A, s.C + s.H);
       all[count++] = &by_attended;
+    }
+    if (chooses()) {
+      vocabulary.weights.set_rows(0, a.w_out, s.V, a.read());
+      vocabulary.b = a.b_out;
+      all[count++] = &vocabulary.weights;
     }
     pack_all(all, count, threads);
   }
@@ -147,12 +154,8 @@ struct DecoderForwardLoop {
   int64_t choose(Task& task, int64_t t, int64_t count) {
     const bool given = t < s.T && (!a.forced || a.forced[t]);
     if (!given) {
-      for (int64_t i = 0; i < count; ++i) {
-        const T* row = read(task, t - 1, i);
-        if (!reads_apart()) copy_row(task.read + i * a.read(), row, a.read());
-      }
-      const Likeliest<T> likeliest{a.read(), s.V, a.w_out, a.b_out};
-      likeliest.find(count, task.read, task.sums, task.likeliest, inner);
+      for (int64_t i = 0; i < count; ++i) task.from[i] = read(task, t - 1, i);
+      vocabulary.find(count, task.from, task.best, task.likeliest, inner);
     }
     int64_t left = 0;
     for (int64_t i = 0; i < count; ++i) {

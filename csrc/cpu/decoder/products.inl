@@ -98,69 +98,51 @@ void pack_all(Packed<T>* const* packed, int count, const Threads& threads) {
 }
 
 // The likeliest of N outcomes of each of a few rows: largest a . w[n] + b[n], the first of equals;
-// a NaN counts as the largest. Straight from [N, K] weights, which are read once.
+// a NaN counts as the largest. Sums are looked at as they come, and not kept.
 template <class T>
 struct Likeliest {
-  // Outcomes looked at together: their weights stay in the second-level cache while the rows pass.
-  static constexpr int64_t kTogether = 128;
+  Packed<T> weights;  // from [N, K]
+  const T* b;         // [N] or null
 
-  int64_t K, N;
-  const T* w;
-  const T* b;
-
-  // Of the outcomes [n0, n0 + count), whose products are `sums`.
-  void update(T* sums, int64_t n0, int64_t count, T& best, int64_t& index) const {
-    for (int64_t j = 0; j < count; j += kLanes<T>) {
-      const int lanes = int(min64(kLanes<T>, count - j));
-      Vec<T> some = load(sums + j, lanes);
-      if (b) some += load(b + n0 + j, lanes);
-      const Vec<T> most = broadcast(best);
-      const Vec<T> better = some <= most ? Vec<T>{} : Vec<T>{} + 1;
-      if (index >= 0 && largest_lane<T>(better) == T(0)) continue;
-      for (int lane = 0; lane < lanes; ++lane) {
-        const T sum = some[lane];
-        if (index < 0 || sum > best || (sum != sum && best == best)) {
-          best = sum;
-          index = n0 + j + lane;
-        }
+  // Takes note of the outcomes [n, n + lanes).
+  FASTSEQ_INLINE void update(Vec<T> some, int64_t n, int lanes, T& best, int64_t& index) const {
+    if (b) some += load(b + n, lanes);
+    const Vec<T> most = broadcast(best);
+    const Vec<T> better = some <= most ? Vec<T>{} : Vec<T>{} + 1;
+    if (index >= 0 && largest_lane<T>(better) == T(0)) return;
+    for (int lane = 0; lane < lanes; ++lane) {
+      const T sum = some[lane];
+      if (index < 0 || sum > best || (sum != sum && best == best)) {
+        best = sum;
+        index = n + lane;
       }
     }
   }
 
-  // Of the outcomes [n0, n1), to `index` [count], from rows `a` [count][K]. `sums`: room(count)
-  // elements, of which the first `count` are the largest then.
-  void find(int64_t n0, int64_t n1, int64_t count, const T* a, T* sums, int64_t* index) const {
-    for (int64_t i = 0; i < count; ++i) index[i] = -1;
-    T *best = sums, *some_sums = sums + count;
-    for (int64_t n = n0; n < n1; n += kTogether) {
-      const int64_t some = min64(kTogether, n1 - n);
-      dot_products(a, K, count, w + n * K, K, some, K, T(1), some_sums, kTogether);
-      for (int64_t i = 0; i < count; ++i) {
-        update(some_sums + i * kTogether, n, some, best[i], index[i]);
-      }
-    }
-  }
-  // Of all outcomes, shared out. `index` [kMostParts][count]: the result comes first.
-  void find(int64_t count, const T* a, T* sums, int64_t* index, const Threads& threads) const {
-    const int64_t blocks = ceil_div(N, kTogether);
-    const int64_t parts =
-        count * K * N < kWorthSharing ? 1 : min64(min64(threads.count, kMostParts), blocks);
+  // Of the rows `from` [count], shared out; `best` and `index` [kMostParts][count]: the result
+  // comes first.
+  void find(int64_t count, const T* const* from, T* best, int64_t* index,
+            const Threads& threads) const {
+    const PanelProduct<T>& product = weights.product;
+    const int64_t all = product.panels(), work = count * product.K * product.N;
+    const int64_t parts = work < kWorthSharing ? 1 : min64(min64(threads.count, kMostParts), all);
     run_tasks(threads, parts, [&](int64_t part) {
-      const int64_t n0 = part * blocks / parts * kTogether;
-      const int64_t n1 = min64((part + 1) * blocks / parts * kTogether, N);
-      find(n0, n1, count, a, sums + part * room(count), index + part * count);
+      T* largest = best + part * count;
+      int64_t* at = index + part * count;
+      for (int64_t i = 0; i < count; ++i) at[i] = -1;
+      product.each(part * all / parts, (part + 1) * all / parts, count, from,
+                   [&](int64_t i, int64_t n, Vec<T> sums, int lanes) {
+                     update(sums, n, lanes, largest[i], at[i]);
+                   });
     });
     for (int64_t part = 1; part < parts; ++part) {
       for (int64_t i = 0; i < count; ++i) {
-        T& best = sums[i];
-        const T other = sums[part * room(count) + i];
-        if (other > best || (other != other && best == best)) {
-          best = other;
+        const T other = best[part * count + i];
+        if (other > best[i] || (other != other && best[i] == best[i])) {
+          best[i] = other;
           index[i] = index[part * count + i];
         }
       }
     }
   }
-  // Elements of `sums` a part.
-  static int64_t room(int64_t count) { return count * (kTogether + 1); }
 };
