@@ -81,8 +81,8 @@ def test_the_instruction_as_its_manual_has_it():
     """Even k, odd k, their sum, the sum so far, each rounded; of a product of bfloat16, exact in
     float32, a multiply-add is the rounded sum."""
     a, b = torch.randn(16, 32), torch.randn(32, 16)
-    # Denormals, and products that are.
-    a[3, ::5], a[4], b[7] = 1e-39, 3e-20, 2e-20
+    # Denormals beside what would make them count, and sums that are.
+    a[3], b[:, 5], a[4], b[:, 7] = 1e-39, 1e10, 3e-20, 2e-20
     a, b = (t.to(torch.bfloat16).float() for t in (a, b))
     even, odd = torch.zeros(16, 16), torch.zeros(16, 16)
     for k in range(0, 32, 2):

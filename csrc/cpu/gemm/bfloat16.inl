@@ -108,3 +108,35 @@ struct TiledRows {
     by.multiply({tiles + i * tiled_size(by, K), b, tile_blocks(K), rows, columns, by.parts, out});
   }
 };
+
+// Groups of packed weights, K deep and `columns` wide (the last perhaps less), as tiles.
+struct TiledColumns {
+  Tiles by;
+  int64_t K;
+  int columns;
+  uint16_t* tiles;  // [groups][blocks][columns][parts][16 pairs of k][16][2]
+  bool* fits;       // of each group; where false, products are made in float32
+
+  template <class Memory>
+  static TiledColumns take(Memory& memory, const Tiles& by, int64_t K, int columns,
+                           int64_t groups) {
+    const int64_t size = groups * tiled_size(by, K, columns);
+    return {by, K, columns, memory.template take<uint16_t>(size_t(size)),
+            memory.template take<bool>(size_t(by.multiply ? groups : 0))};
+  }
+  // Null where the group is multiplied in float32.
+  const uint16_t* group(int64_t g) const {
+    return by.multiply && fits[g] ? tiles + g * tiled_size(by, K, columns) : nullptr;
+  }
+  // From panels of `wide` vectors of columns, [panels][K][wide][lanes].
+  template <class T>
+  void fill(int64_t g, const T* panels, int wide, int count) const {
+    if (!by.multiply) return;
+    fits[g] = true;
+    for (int v = 0; v < count; ++v) {
+      const T* column = panels + (v / wide) * K * wide * kLanes<T> + v % wide * kLanes<T>;
+      fits[g] &= tile_column(column, wide * kLanes<T>, K, v, count, by,
+                             tiles + g * tiled_size(by, K, columns));
+    }
+  }
+};

@@ -68,11 +68,14 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
       one.hr = {s.P, s.H, packed_hr + (i % s.D) * hr_size};
       one.rows = memory.template take<BackwardRow<T>>(size_t(task_rows));
       one.from = memory.template take<const T*>(size_t(task_rows));
-      if (own || i < s.D) {
-        tiled_w_hh[i % s.D] = TiledColumns::take(memory, by_tiles_hh, gates, kPanelVectors, panels);
+      if constexpr (kTiled<T>) {
+        TiledColumns& columns = tiled_w_hh[i % s.D];
+        if (own || i < s.D) {
+          columns = TiledColumns::take(memory, by_tiles_hh, gates, kPanelVectors, panels);
+        }
+        one.tiled_w_hh = columns;
+        one.tiled_from = TiledRows::take(memory, by_tiles_hh, gates, task_rows);
       }
-      one.tiled_w_hh = tiled_w_hh[i % s.D];
-      one.tiled_from = TiledRows::take(memory, by_tiles_hh, gates, task_rows);
       const int64_t scratch_rows = kByRow ? 2 + (projected ? task_rows : 0) : 0;
       one.row_scratch = memory.template take<T>(size_t(scratch_rows * s.H));
       if (task) task[i] = one;

@@ -9,38 +9,6 @@ Tiles tiles_of(const RecurrentInputs<T>& a, int64_t K) {
   return worth ? a.tiles : Tiles{};
 }
 
-// Groups of packed weights, K deep and `columns` wide (the last perhaps less), as tiles.
-struct TiledColumns {
-  Tiles by;
-  int64_t K;
-  int columns;
-  uint16_t* tiles;  // [groups][blocks][columns][parts][16 pairs of k][16][2]
-  bool* fits;       // of each group; where false, products are made in float32
-
-  template <class Memory>
-  static TiledColumns take(Memory& memory, const Tiles& by, int64_t K, int columns,
-                           int64_t groups) {
-    const int64_t size = groups * tiled_size(by, K, columns);
-    return {by, K, columns, memory.template take<uint16_t>(size_t(size)),
-            memory.template take<bool>(size_t(by.multiply ? groups : 0))};
-  }
-  // Null where the group is multiplied in float32.
-  const uint16_t* group(int64_t g) const {
-    return by.multiply && fits[g] ? tiles + g * tiled_size(by, K, columns) : nullptr;
-  }
-  // From panels of `wide` vectors of columns, [panels][K][wide][lanes].
-  template <class T>
-  void fill(int64_t g, const T* panels, int wide, int count) const {
-    if (!by.multiply) return;
-    fits[g] = true;
-    for (int v = 0; v < count; ++v) {
-      const T* column = panels + (v / wide) * K * wide * kLanes<T> + v % wide * kLanes<T>;
-      fits[g] &= tile_column(column, wide * kLanes<T>, K, v, count, by,
-                             tiles + g * tiled_size(by, K, columns));
-    }
-  }
-};
-
 // sums_tile() for up to kTileRows rows, the i-th tile of rows of `x` and `h`, by one group; columns
 // that are null are multiplied in float32, as are rows that do not fit.
 template <class L, class T>

@@ -29,7 +29,6 @@ struct ForwardTask {
   T* ahead;  // input products of several steps, [groups][tokens][kOut][lanes]
   PackedForward<T> packed;
   TiledRows tiled_x, tiled_h;
-  TiledColumns tiled_w_ih, tiled_w_hh;
 };
 
 template <class Cell, class T>
@@ -169,6 +168,7 @@ struct ForwardLoop {
     SumsTile<T> tile{task.start, task.x,       task.h,          (ahead ? tokens : 1) * kRowOut,
                      nullptr,    nullptr,      ahead ? 0 : s.I, s.P,
                      0,          step % 2 == 1};
+    static_assert(!kTiled<T> || L::kRows + 8 >= kTileRows, "sums of a tile of rows");
     const bool tiled = kTiled<T> && (task.tiled_x.by.multiply || task.tiled_h.by.multiply);
     // Tiles of even height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
     const int64_t tiles = ceil_div(count, tiled ? kTileRows : L::kRows);
@@ -205,8 +205,8 @@ struct ForwardLoop {
         if (!tiled) sums_tile<L>(tile, rows, groups, sums);
         if constexpr (kTiled<T>) {
           if (tiled) {
-            sums_by_tiles<L>(tile, i, rows, task.tiled_x, task.tiled_w_ih.group(g), task.tiled_h,
-                             task.tiled_w_hh.group(g), sums);
+            sums_by_tiles<L>(tile, i, rows, task.tiled_x, task.packed.tiled_x.group(g),
+                             task.tiled_h, task.packed.tiled_h.group(g), sums);
           }
         }
         finish_tile(g, groups, rows, params, task.rows + b, sums);
@@ -316,7 +316,6 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
     zero = memory.template take<T>(size_t(max64(s.H, s.P)));
     loop.unprojected = projected ? memory.template take<T>(size_t(s.D * s.B * s.H)) : nullptr;
     PackedForward<T> packed[2] = {};
-    TiledColumns tiled_w_ih[2] = {}, tiled_w_hh[2] = {};
     for (int64_t i = 0; i < tasks; ++i) {
       ForwardTask<T> one{};
       one.share = share_of(plan, s, i, size.groups, hr_panels);
@@ -332,17 +331,16 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
         p.x = memory.template take<T>(size_t(size.x));
         p.h = memory.template take<T>(size_t(size.h));
         p.hr = memory.template take<T>(size_t(size.hr));
-        const auto columns = [&](const Tiles& by, int64_t K) {
-          return TiledColumns::take(memory, by, K, L::kColumns, size.groups);
-        };
-        tiled_w_ih[i % s.D] = columns(by_tiles_x, s.I);
-        tiled_w_hh[i % s.D] = columns(by_tiles_h, s.P);
+        if constexpr (kTiled<T>) {
+          p.tiled_x = TiledColumns::take(memory, by_tiles_x, s.I, L::kColumns, size.groups);
+          p.tiled_h = TiledColumns::take(memory, by_tiles_h, s.P, L::kColumns, size.groups);
+        }
       }
       one.packed = p;
-      one.tiled_w_ih = tiled_w_ih[i % s.D];
-      one.tiled_w_hh = tiled_w_hh[i % s.D];
-      one.tiled_x = TiledRows::take(memory, by_tiles_x, s.I, task_rows);
-      one.tiled_h = TiledRows::take(memory, by_tiles_h, s.P, task_rows);
+      if constexpr (kTiled<T>) {
+        one.tiled_x = TiledRows::take(memory, by_tiles_x, s.I, task_rows);
+        one.tiled_h = TiledRows::take(memory, by_tiles_h, s.P, task_rows);
+      }
       if (task) task[i] = one;
     }
   };
@@ -360,11 +358,6 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
     const RecurrentWeights<T>& w = a.weights[i % s.D];
     if (piece < size.groups) {
       pack_forward<L>(w, s, piece, p);
-      if constexpr (kTiled<T>) {
-        constexpr int kWidth = L::kColumns * kLanes<T>;
-        task[i].tiled_w_ih.fill(piece, p.x + piece * s.I * kWidth, L::kWide, L::kColumns);
-        task[i].tiled_w_hh.fill(piece, p.h + piece * s.P * kWidth, L::kWide, L::kColumns);
-      }
     } else {
       const int64_t panel = piece - size.groups;
       pack_rows(w.w_hr, s.P, s.H, panel, p.hr + panel * kPanel<T> * s.H);

@@ -38,10 +38,11 @@ void pack_columns(const T* w, int64_t K, int64_t N, int64_t column, T* out) {
 // What the forward pass multiplies by, of one direction.
 template <class T>
 struct PackedForward {
-  T* bias;  // [groups][kOut][lanes]: what the sums start from
-  T* x;     // [groups][kPanels][I][kWide][lanes]
-  T* h;     // [groups][kPanels][P][kWide][lanes]
-  T* hr;    // [P, H] transposed and in panels of columns; or null
+  T* bias;                        // [groups][kOut][lanes]: what the sums start from
+  T* x;                           // [groups][kPanels][I][kWide][lanes]
+  T* h;                           // [groups][kPanels][P][kWide][lanes]
+  T* hr;                          // [P, H] transposed and in panels of columns; or null
+  TiledColumns tiled_x, tiled_h;  // the groups of x and h
 };
 
 template <class L, class T>
@@ -77,6 +78,10 @@ void pack_forward(const RecurrentWeights<T>& w, const RecurrentShape& s, int64_t
   pack_group<L>(w.w_ih, s.H, s.I, group, p.x + group * s.I * kWidth);
   pack_group<L>(w.w_hh, s.H, s.P, group, p.h + group * s.P * kWidth);
   pack_bias<L>(w, s.H, group, p.bias + group * L::kOut * kLanes<T>);
+  if constexpr (kTiled<T>) {
+    p.tiled_x.fill(group, p.x + group * s.I * kWidth, L::kWide, L::kColumns);
+    p.tiled_h.fill(group, p.h + group * s.P * kWidth, L::kWide, L::kColumns);
+  }
 }
 
 // Panel `panel` of the transpose of [N, K] weights, as pack_columns would make it of [K, N].

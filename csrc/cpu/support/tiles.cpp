@@ -169,15 +169,11 @@ void multiply(const TileProduct& p) {
   }
 }
 
-#endif
-
 const char* emulation_obstacle() {
-#if defined(__x86_64__)
   return __builtin_cpu_supports("avx512f") ? nullptr : "the emulation needs AVX-512";
-#else
-  return "not an x86-64 machine";
-#endif
 }
+
+#endif
 
 // Why the instructions cannot run; asks Linux for leave to use their registers.
 const char* amx_obstacle() {
