@@ -27,10 +27,11 @@ from fastseq._files import check_writable
 # Quartiles this far apart mean that something else was running.
 NOISY = 0.3
 SECONDS, QUICK_SECONDS = 0.5, 0.25
+PEAK_SECONDS = 0.03
 COLUMNS = (
     "cell group variant T B I H mode dtype status fastseq_ms fastseq_q1_ms fastseq_q3_ms baseline "
     "baseline_ms baseline_q1_ms baseline_q3_ms ratio target target_of met onnxruntime_ms "
-    "compile_ms gflops peak_part rounds"
+    "compile_ms gflops peak_gflops peak_part rounds"
 ).split()
 
 
@@ -43,6 +44,7 @@ class Row:
     tokens: int = 0
     problem: str = ""
     times: dict[str, Timing] | None = None
+    peak: float = math.nan  # GFLOP/s in float32 FMAs, of the same seconds
     untimed: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
@@ -57,9 +59,10 @@ class Row:
     def doubtful(self) -> bool:
         return max(self.times[name].spread for name in ("fastseq", "baseline")) > NOISY
 
-    def peak_part(self, peak: float) -> float:
+    @property
+    def peak_part(self) -> float:
         """NaN where the peak is of another dtype, or unknown."""
-        return self.gflops / peak if self.what.dtype == "float32" else math.nan
+        return self.gflops / self.peak if self.what.dtype == "float32" else math.nan
 
     def milliseconds(self, name: str) -> str:
         if name in self.untimed:
@@ -67,7 +70,7 @@ class Row:
         timing = (self.times or {}).get(name)
         return "" if timing is None else f"{timing.median * 1e3:.4g}"
 
-    def record(self, peak: float, met: str) -> dict[str, object]:
+    def record(self, met: str) -> dict[str, object]:
         m = self.what
         row = {name: getattr(m, name) for name in ("cell", "group", "variant", "mode", "dtype")}
         row |= dict(zip("TBIH", m.sizes, strict=True)) | {"baseline": m.baseline, "met": met}
@@ -82,11 +85,12 @@ class Row:
             row[f"{name}_q3_ms"] = f"{timing.high * 1e3:.4g}"
         for name in (*baselines.OTHERS, *baselines.COMPILE):
             row[f"{name}_ms"] = self.milliseconds(name)
-        part = self.peak_part(peak)
+        part = self.peak_part
         return row | {
             "status": "ok",
             "ratio": f"{self.ratio:.3f}",
             "gflops": f"{self.gflops:.1f}",
+            "peak_gflops": "" if math.isnan(self.peak) else f"{self.peak:.0f}",
             "peak_part": "" if math.isnan(part) else f"{part:.3f}",
             "rounds": self.times["fastseq"].rounds,
         }
@@ -133,12 +137,14 @@ def measure(m: shapes.Measurement, seconds: float, compile: bool) -> Row:
     theirs = other.module(side)
     once = other.step(theirs, m.mode)
     pair = {"fastseq": tested.step(tested.module("fastseq"), m.mode), "baseline": once}
+    before = peak_gflops(PEAK_SECONDS)
     times = interleaved(pair, seconds)
+    peak = (before + peak_gflops(PEAK_SECONDS)) / 2
     if calls > 1:
         timing = times["baseline"]
         scaled = (calls * timing.median, calls * timing.low, calls * timing.high)
         times["baseline"] = Timing(*scaled, timing.rounds)
-    row = Row(m, tested.tokens, times=times)
+    row = Row(m, tested.tokens, times=times, peak=peak)
     if m.baseline != "torch" or m.group == "packed":
         return row
     for name, make in (baselines.OTHERS | (baselines.COMPILE if compile else {})).items():
@@ -161,12 +167,13 @@ def measure(m: shapes.Measurement, seconds: float, compile: bool) -> Row:
     return row
 
 
-def table(group: str, rows: list[Row], peak: float) -> Table:
+def table(group: str, rows: list[Row]) -> Table:
     """Milliseconds of every side, the ratio against its target, and the part of the peak."""
     known = (*baselines.OTHERS, *baselines.COMPILE)
     others = [n for n in known if any(r.milliseconds(n) for r in rows)]
     caption = (
-        f"peak: {peak:.0f} GFLOP/s in float32 FMAs; ?: quartiles {NOISY:.0%} of the median apart; "
+        "of peak: of all threads' float32 FMAs, measured just before and after; "
+        f"?: quartiles {NOISY:.0%} of the median apart; "
         "g: target of the geometric mean; refused: torch.compile(fullgraph=True) cannot trace it"
     )
     shown = Table(title=f"{group}, on the CPU", caption=caption)
@@ -187,7 +194,7 @@ def table(group: str, rows: list[Row], peak: float) -> Table:
             good = reached == "yes"
             colour = "green" if good else "yellow" if row.ratio >= 1 else "red"
             doubt = "?" if row.doubtful else ""
-            part = row.peak_part(peak)
+            part = row.peak_part
             cells += [f"[{colour}]{row.ratio:.2f}{doubt}", target, reached]
             cells.append("" if math.isnan(part) else f"{part:.0%}")
         last = i + 1 == len(rows) or rows[i + 1].what.name != m.name
@@ -249,8 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     warning = busy()
     if warning:
         console.print(f"[yellow]These timings will mislead: {warning}.")
-    peak = peak_gflops()
-    about = machine() | {"peak GFLOP/s": f"{peak:.0f}", "load": warning or "idle"}
+    about = machine() | {"load": warning or "idle"}
     console.print(", ".join(f"{key}: {value}" for key, value in about.items()))
 
     seconds = QUICK_SECONDS if arguments.quick else SECONDS
@@ -258,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     for group in shapes.GROUPS:
         of_group = [row for row in rows if row.what.group == group]
         if of_group:
-            console.print(table(group, of_group, peak))
+            console.print(table(group, of_group))
     for row in rows:
         if row.problem:
             where = f"{row.what.name} {row.what.label} {row.what.mode}"
@@ -269,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     everything = len(chosen) == len(list(shapes.measurements()))
     name = "recurrent_cpu" if everything and not arguments.quick else "recurrent_cpu_quick"
     path = arguments.output / name
-    records = (row.record(peak, met(row, rows)) for row in rows)
+    records = (row.record(met(row, rows)) for row in rows)
     write_csv(path.with_suffix(".csv"), COLUMNS, records, about)
     speedups(path.with_suffix(".csv"), path.with_suffix(".png"), "Recurrent layers on the CPU")
     console.print(f"Wrote {path}.csv and .png")

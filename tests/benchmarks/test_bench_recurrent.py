@@ -19,7 +19,7 @@ def bench(monkeypatch):
     from benchmarks import bench_recurrent
 
     monkeypatch.setattr(bench_recurrent, "busy", lambda: None)
-    monkeypatch.setattr(bench_recurrent, "peak_gflops", lambda: 100.0)
+    monkeypatch.setattr(bench_recurrent, "peak_gflops", lambda seconds: 100.0)
     return bench_recurrent
 
 
@@ -36,6 +36,7 @@ def test_a_row_is_checked_timed_and_recorded(bench, tmp_path, capsys):
         assert float(row["ratio"]) == pytest.approx(ratio, rel=0.01)
         assert (row["met"] == "yes") == (float(row["ratio"]) >= float(row["target"]))
         assert float(row["fastseq_q1_ms"]) <= float(row["fastseq_ms"])
+        assert float(row["peak_part"]) == pytest.approx(float(row["gflops"]) / 100, abs=2e-3)
     assert (tmp_path / "recurrent_cpu_quick.png").stat().st_size > 10_000
     assert {path.name for path in tmp_path.iterdir()} == {
         "recurrent_cpu_quick.csv",

@@ -7,6 +7,8 @@
 #include <type_traits>
 
 #include "../kernels.h"
+#include "../support/kept.h"
+#include "../support/lanes.h"
 #include "../support/scratch.h"
 
 #if defined(__AVX512F__)

@@ -24,7 +24,9 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
   const int64_t panels = by_hh.panels(), hr_panels = projected ? by_hr.panels() : 0;
   constexpr bool kByRow = cell::kNormalised<Cell>;
   const int64_t leaves = leaves_of<Cell, T>(s, projected);
-  const Plan plan = kByRow ? plan_normalised(s, gates * s.P, threads.count)
+  const bool chunks = by_chunks<Cell, T>(s, projected);
+  const Plan plan = kByRow   ? plan_normalised(s, gates * s.P, threads.count)
+                    : chunks ? Plan{false, 1, s.B}
                     : leaves
                         ? plan_leaves(s, leaves, threads.count)
                         : plan_steps(s, gates * s.P, gates * s.P, panels, sizeof(T), threads.count);
@@ -127,6 +129,12 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
   const int phases = loop.in_two_phases() ? 2 : 1;
   // The step before the first, for dL/dh0, has no cells.
   const int64_t steps = s.T * phases + (a.dh0 ? 1 : 0);
+  if (chunks) {
+    for (int64_t d = 0; d < s.D; ++d) start(task[d].share);
+    backward_by_chunks(loop, pointers, threads,
+                       [&](int64_t d, int64_t step) { loop.by_hh(step, task[d]); });
+    return;
+  }
   run_steps(plan, tasks, steps, phases, threads, [&](int64_t i, int64_t step, int phase) {
     for (int64_t piece = 0; own && step == 0 && piece < pieces; ++piece) pack(i, piece);
     if (!plan.by_units && step == 0 && phase == 0) start(task[i].share);

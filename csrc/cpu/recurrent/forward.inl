@@ -47,12 +47,11 @@ struct ForwardLoop {
     return a.h0 ? a.h0 + (d * a.shape.B + a.shape.sequence(b)) * a.shape.P : zero;
   }
 
-  // Input products of the steps [s0, s1) of a chunk that began at `chunk`, for all groups of a
-  // share.
-  void multiply_ahead(const Share& share, int64_t chunk, int64_t chunk_end, int64_t s0, int64_t s1,
-                      const PackedForward<T>& packed, T* out) {
+  // Input products of the steps [s0, s1), for all groups of a share.
+  void multiply_ahead(const Share& share, int64_t s0, int64_t s1, const PackedForward<T>& packed,
+                      T* out) {
     const RecurrentShape& s = a.shape;
-    const int64_t wide = share.b1 - share.b0, tokens = (chunk_end - chunk) * wide;
+    const int64_t wide = share.b1 - share.b0, tokens = (s1 - s0) * wide;
     alignas(64) T sums[L::kRows * kRowOut];
     const T *x[L::kRows], *start[L::kRows];
     T* target[L::kRows];
@@ -77,7 +76,7 @@ struct ForwardLoop {
           start[rows] = bias;
           x[rows] = a.x.at(s, t, b);
           target[rows] =
-              out + ((g - share.g0) * tokens + (step - chunk) * wide + b - share.b0) * kRowOut;
+              out + ((g - share.g0) * tokens + (step - s0) * wide + b - share.b0) * kRowOut;
           if (++rows == L::kRows) flush();
         }
       }
@@ -296,26 +295,32 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
   const int64_t tasks = plan.tasks * s.D;
   const int64_t task_rows = plan.by_units ? s.B : min64(plan.chunk, s.B);
   const int64_t task_groups = plan.by_units ? plan.chunk : size.groups;
-  // With rows for less than half a tile, input products are made for several steps together; by all
-  // threads, where the loop has use for one only.
+  // With rows for less than half a tile, input products are made for several steps together; where
+  // the loop has use for one thread only, by others, some such chunks ahead.
   const Tiles by_tiles_x = tiles_of(a, s.I), by_tiles_h = tiles_of(a, s.P);
   const bool tiled = by_tiles_x.multiply || by_tiles_h.multiply;
   const bool few = task_rows > 0 && 2 * task_rows <= L::kRows && s.T > 1 && !tiled;
-  const bool shared_ahead =
+  const bool others =
       few && tasks == 1 && threads.count > 1 && s.tokens * by_x >= (int64_t(1) << 18);
-  const int64_t ahead_rows = shared_ahead ? 512 : 4 * L::kRows;
-  const int64_t ahead = few ? min64(s.T, ceil_div(ahead_rows, task_rows)) : 0;
+  const int64_t ahead = few ? min64(s.T, ceil_div(4 * L::kRows, task_rows)) : 0;
+  const int64_t chunks = others ? 4 : 1, ahead_size = ahead * task_rows * task_groups * L::kOut;
   const bool own =
       !plan.by_units && tasks > s.D && (size.x + size.h + size.hr) * int64_t(sizeof(T)) <= kOwnCopy;
 
   ForwardLoop<Cell, T> loop{a, Cell::kSaved * s.H + (projected ? s.P : 0), nullptr, nullptr, ahead};
+  KeptPack kept[2];
+  PackedForward<T> kept_packed[2] = {};
+  for (int d = 0; d < s.D && !own && !tiled && !a.saved && worth_keeping<T>(s, L::kGates); ++d) {
+    keep_packed<Cell>(a.weights[d], s, threads, kept[d], kept_packed[d]);
+  }
+
   ForwardTask<T>* task = nullptr;
   T* zero = nullptr;
   auto lay_out = [&](auto& memory) {
     task = memory.template take<ForwardTask<T>>(size_t(tasks));
     zero = memory.template take<T>(size_t(max64(s.H, s.P)));
     loop.unprojected = projected ? memory.template take<T>(size_t(s.D * s.B * s.H)) : nullptr;
-    PackedForward<T> packed[2] = {};
+    PackedForward<T> packed[2] = {kept_packed[0], kept_packed[1]};
     for (int64_t i = 0; i < tasks; ++i) {
       ForwardTask<T> one{};
       one.share = share_of(plan, s, i, size.groups, hr_panels);
@@ -323,14 +328,10 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
       one.x = memory.template take<const T*>(size_t(task_rows));
       one.h = memory.template take<const T*>(size_t(task_rows));
       one.start = memory.template take<const T*>(size_t(task_rows));
-      one.ahead =
-          memory.template take<T>(size_t(ahead * task_rows * task_groups * L::kOut * kLanes<T>));
+      one.ahead = memory.template take<T>(size_t(chunks * ahead_size * kLanes<T>));
       PackedForward<T>& p = packed[i % s.D];
-      if (own || i < s.D) {
-        p.bias = memory.template take<T>(size_t(size.bias));
-        p.x = memory.template take<T>(size_t(size.x));
-        p.h = memory.template take<T>(size_t(size.h));
-        p.hr = memory.template take<T>(size_t(size.hr));
+      if (own || (i < s.D && !p.x)) {
+        lay_out_packed(size, memory, p);
         if constexpr (kTiled<T>) {
           p.tiled_x = TiledColumns::take(memory, by_tiles_x, s.I, L::kColumns, size.groups);
           p.tiled_h = TiledColumns::take(memory, by_tiles_h, s.P, L::kColumns, size.groups);
@@ -365,34 +366,51 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
   };
   if (!own) {
     const bool worth = tasks > 1 && s.H * (s.I + s.P) > (1 << 14);
-    run_tasks(worth ? threads : Threads{1, nullptr}, s.D * pieces,
-              [&](int64_t i) { pack(i / pieces, i % pieces); });
+    run_tasks(worth ? threads : Threads{1, nullptr}, s.D * pieces, [&](int64_t i) {
+      if (!kept[i / pieces].filled()) pack(i / pieces, i % pieces);
+    });
+    for (KeptPack& one : kept) one.publish();
   }
   if (a.c_n) {
     for (int64_t i = 0; i < s.D * s.B * s.H; ++i) a.c_n[i] = a.c0 ? a.c0[i] : T(0);
   }
 
-  auto multiply_ahead = [&](int64_t step, ForwardTask<T>& mine) {
-    const int64_t end = min64(step + ahead, s.T);
-    const int64_t parts = shared_ahead ? min64(4 * threads.count, end - step) : 1;
-    const int64_t each = ceil_div(end - step, parts);
-    run_tasks(threads, parts, [&](int64_t part) {
-      const int64_t s0 = min64(step + part * each, end), s1 = min64(s0 + each, end);
-      loop.multiply_ahead(mine.share, step, end, s0, s1, mine.packed, mine.ahead);
-    });
+  auto multiply_ahead = [&](int64_t step, const ForwardTask<T>& mine, T* out) {
+    loop.multiply_ahead(mine.share, step, min64(step + ahead, s.T), mine.packed, out);
   };
   const int phases = projected ? 2 : 1;
-  run_steps(plan, tasks, s.T * phases, phases, threads, [&](int64_t i, int64_t step, int phase) {
-    ForwardTask<T>& mine = task[i];
+  auto advance = [&](int64_t i, int64_t step, int phase) {
     if (phase == 1) {
-      loop.project(step, mine);
-      return;
+      loop.project(step, task[i]);
+    } else {
+      loop.cells(step, ahead ? step % ahead : 0, task[i]);
     }
-    for (int64_t piece = 0; own && step == 0 && piece < pieces; ++piece) pack(i, piece);
-    const int64_t in_chunk = ahead ? step % ahead : 0;
-    if (ahead && in_chunk == 0) multiply_ahead(step, mine);
-    loop.cells(step, in_chunk, mine);
-  });
+  };
+  if (others) {
+    Lanes lanes(2, ceil_div(s.T, ahead));
+    T* const first = task->ahead;
+    auto chunk = [&](int64_t i) { return first + i % chunks * ahead_size * kLanes<T>; };
+    auto ready = [&](int lane, int64_t i) {
+      return lane == 0 ? lanes.done(1) > i : i < lanes.done(0) + chunks;
+    };
+    run_tasks(threads, 2, [&](int64_t) {
+      lanes.work(ready, [&](int lane, int64_t i) {
+        if (lane == 1) return multiply_ahead(i * ahead, *task, chunk(i));
+        task->ahead = chunk(i);
+        for (int64_t step = i * ahead; step < min64((i + 1) * ahead, s.T); ++step) {
+          for (int phase = 0; phase < phases; ++phase) advance(0, step, phase);
+        }
+      });
+    });
+  } else {
+    run_steps(plan, tasks, s.T * phases, phases, threads, [&](int64_t i, int64_t step, int phase) {
+      for (int64_t piece = 0; own && step == 0 && phase == 0 && piece < pieces; ++piece) {
+        pack(i, piece);
+      }
+      if (ahead && phase == 0 && step % ahead == 0) multiply_ahead(step, task[i], task[i].ahead);
+      advance(i, step, phase);
+    });
+  }
 
   final_states(a, zero);
 }

@@ -66,6 +66,9 @@ struct Plan {
   int64_t chunk;  // sequences, or groups of units, a task; 0: sequences in equal parts
 };
 
+// A share of a step of fewer multiply-adds is over before two threads have met.
+constexpr int64_t kWorthMeeting = int64_t(1) << 14;
+
 // `weights`: what a step multiplies each row by; `all`: multiply-adds a token, those made ahead
 // included; `groups`: what units are split into.
 inline Plan plan_steps(const RecurrentShape& s, int64_t weights, int64_t all, int64_t groups,
@@ -82,8 +85,6 @@ inline Plan plan_steps(const RecurrentShape& s, int64_t weights, int64_t all, in
   // Half of a 1 MiB second-level cache: beyond, every step would stream the weights from memory
   // once a thread.
   constexpr int64_t kCache = int64_t(512) << 10;
-  // A share of a step smaller than this is over before two threads have met.
-  constexpr int64_t kWorthMeeting = int64_t(1) << 14;
   const int64_t by_rows = min64(each, s.B);
   const bool fits = weights * bytes <= kCache;
   const bool balanced = by_rows == each && s.B >= 4 * by_rows;

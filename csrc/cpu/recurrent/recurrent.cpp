@@ -39,6 +39,8 @@ namespace {
 
 #include "deferred_by_rows.inl"
 
+#include "deferred_by_chunks.inl"
+
 #include "backward.inl"
 
 #include "one_step_backward.inl"

@@ -17,6 +17,15 @@ namespace {
 constexpr size_t kKeep = size_t(128) << 20;
 constexpr size_t kHugePage = size_t(2) << 20;
 
+struct Kept {
+  char* block = nullptr;
+  size_t bytes = 0;
+  ~Kept() { std::free(block); }
+};
+thread_local Kept kept;
+
+}  // namespace
+
 char* allocate(size_t bytes) {
   const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : Scratch::kAlignment;
   const size_t whole = (bytes + alignment - 1) / alignment * alignment;
@@ -28,15 +37,6 @@ char* allocate(size_t bytes) {
 #endif
   return block;
 }
-
-struct Kept {
-  char* block = nullptr;
-  size_t bytes = 0;
-  ~Kept() { std::free(block); }
-};
-thread_local Kept kept;
-
-}  // namespace
 
 Scratch::Scratch(size_t bytes) : bytes_(padded(bytes ? bytes : 1)) {
   // Taken out of `kept`, so that a nested call gets a block of its own.

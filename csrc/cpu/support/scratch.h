@@ -5,6 +5,9 @@
 
 namespace fastseq {
 
+// On huge pages where there is use for them; std::free gives it back. Throws std::bad_alloc.
+char* allocate(size_t bytes);
+
 class Scratch {
  public:
   static constexpr size_t kAlignment = 64;

@@ -2,6 +2,8 @@
 
 #include <sched.h>
 
+#include "lanes.h"
+
 namespace fastseq {
 
 namespace {
@@ -34,6 +36,12 @@ bool Steps::wait_for(int64_t step, int looks) const {
     }
   }
   return true;
+}
+
+void Lanes::rest(int looks) {
+  constexpr int kPauses = 16, kPatience = 64;
+  if (looks % kPatience == 0) sched_yield();
+  for (int i = 0; i < kPauses; ++i) pause();
 }
 
 }  // namespace fastseq
