@@ -87,10 +87,11 @@ class _Attention(nn.Module):
 class _TanhAttention(_Attention):
     """Scores v . tanh(...): the vector v, plain or normalised."""
 
-    def _add_v(self, attention_dim: int, normalize: bool, scale: float) -> None:
+    def _add_v(self, attention_dim: int, normalize: bool, scale: float, where: dict) -> None:
         self.scale = scale
-        self.v = nn.Linear(attention_dim, 1, bias=False)
-        self.g = nn.Parameter(torch.tensor(math.sqrt(1.0 / attention_dim))) if normalize else None
+        self.v = nn.Linear(attention_dim, 1, bias=False, **where)
+        length = math.sqrt(1.0 / attention_dim)
+        self.g = nn.Parameter(torch.tensor(length, **where)) if normalize else None
 
     def _attend(self, query, keys, values, extra, **where):
         v = self.v.weight.squeeze(0)
@@ -106,6 +107,7 @@ class AdditiveAttention(_TanhAttention):
         normalize: whether a scalar g takes the length of v over: ``g v / |v|``, g = sqrt(1 / K) at
             first.
         scale: multiplies the scores.
+        device, dtype: of the parameters.
 
     Source: Bahdanau, Cho and Bengio 2015, appendix A.1.2; normalised v, Salimans and Kingma 2016.
     """
@@ -118,11 +120,14 @@ class AdditiveAttention(_TanhAttention):
         bias: bool = True,
         normalize: bool = False,
         scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.query_proj = nn.Linear(query_dim, attention_dim, bias=False)
-        self.key_proj = nn.Linear(key_dim, attention_dim, bias=bias)
-        self._add_v(attention_dim, normalize, scale)
+        where = {"device": device, "dtype": dtype}
+        self.query_proj = nn.Linear(query_dim, attention_dim, bias=False, **where)
+        self.key_proj = nn.Linear(key_dim, attention_dim, bias=bias, **where)
+        self._add_v(attention_dim, normalize, scale, where)
 
     def project_query(self, query: Tensor) -> Tensor:
         return self.query_proj(query)
@@ -139,7 +144,7 @@ class ConcatAttention(_TanhAttention):
 
     Args:
         query_dim, key_dim, attention_dim: H, E and K.
-        bias, normalize, scale: as :class:`AdditiveAttention`.
+        bias, normalize, scale, device, dtype: as :class:`AdditiveAttention`.
 
     Source: Luong, Pham and Manning 2015, equation 8 (concat).
     """
@@ -152,11 +157,14 @@ class ConcatAttention(_TanhAttention):
         bias: bool = True,
         normalize: bool = False,
         scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.key_dim = key_dim
-        self.attn = nn.Linear(query_dim + key_dim, attention_dim, bias=bias)
-        self._add_v(attention_dim, normalize, scale)
+        where = {"device": device, "dtype": dtype}
+        self.attn = nn.Linear(query_dim + key_dim, attention_dim, bias=bias, **where)
+        self._add_v(attention_dim, normalize, scale, where)
 
     def project_query(self, query: Tensor) -> Tensor:
         return F.linear(query, self.attn.weight[:, : -self.key_dim])
@@ -193,13 +201,21 @@ class GeneralAttention(DotAttention):
     Args:
         query_dim, key_dim: H and E; ``proj.weight``, [E, H], is W transposed.
         scale: multiplies the scores.
+        device, dtype: of the parameters.
 
     Source: Luong, Pham and Manning 2015, equation 8 (general).
     """
 
-    def __init__(self, query_dim: int, key_dim: int, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        query_dim: int,
+        key_dim: int,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(scale)
-        self.proj = nn.Linear(query_dim, key_dim, bias=False)
+        self.proj = nn.Linear(query_dim, key_dim, bias=False, device=device, dtype=dtype)
 
     def project_query(self, query: Tensor) -> Tensor:
         return self.proj(query)
@@ -213,7 +229,7 @@ class LocationAttention(AdditiveAttention):
         kernel_size: N, odd; positions each filter sees.
         filters: F.
         kinds: J, how many sorts of earlier weights ``previous`` holds.
-        bias, normalize, scale: as :class:`AdditiveAttention`.
+        bias, normalize, scale, device, dtype: as :class:`AdditiveAttention`.
 
     Source: Chorowski et al. 2015, equations 8 and 9; cumulative weights, Shen et al. 2018.
     """
@@ -229,16 +245,20 @@ class LocationAttention(AdditiveAttention):
         bias: bool = True,
         normalize: bool = False,
         scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if kernel_size % 2 == 0:
             raise ValueError(
                 f"fastseq.nn.LocationAttention: expected an odd kernel_size, got {kernel_size}"
             )
-        super().__init__(query_dim, key_dim, attention_dim, bias, normalize, scale)
+        where = {"device": device, "dtype": dtype}
+        super().__init__(query_dim, key_dim, attention_dim, bias, normalize, scale, **where)
+        padding = (kernel_size - 1) // 2
         self.location_conv = nn.Conv1d(
-            kinds, filters, kernel_size, padding=(kernel_size - 1) // 2, bias=False
+            kinds, filters, kernel_size, padding=padding, bias=False, **where
         )
-        self.location_proj = nn.Linear(filters, attention_dim, bias=False)
+        self.location_proj = nn.Linear(filters, attention_dim, bias=False, **where)
 
     def forward(
         self,

@@ -125,6 +125,21 @@ def test_copies_and_conversions(name):
     assert all(t.dtype == torch.float16 for t in found)
 
 
+def test_made_in_a_dtype_and_on_a_device():
+    sizes = {
+        nn.AdditiveAttention: (4, 5, 6), nn.ConcatAttention: (4, 5, 6),
+        nn.GeneralAttention: (4, 5), nn.LocationAttention: (4, 5, 6),
+    }  # fmt: skip
+    for kind, dims in sizes.items():
+        options = {} if kind is nn.GeneralAttention else {"normalize": True}
+        torch.manual_seed(3)
+        module = kind(*dims, **options, device="meta", dtype=torch.float64)
+        made = {name: p.shape for name, p in kind(*dims, **options).named_parameters()}
+        assert {name: p.shape for name, p in module.named_parameters()} == made
+        for parameter in module.parameters():
+            assert parameter.is_meta and parameter.dtype == torch.float64
+
+
 def test_same_seed_same_parameters():
     torch.manual_seed(3)
     first = nn.AdditiveAttention(H, E, K)
