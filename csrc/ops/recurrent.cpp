@@ -256,7 +256,11 @@ TokenRows<T> writable_rows(const Call& c, const Tensor& t) {
 }
 
 // As the switches stand at this call: a backward pass goes by its own time, as torch's products do.
-Tiles tiles_now() {
+//
+// Of few units many may be saturated, and what is left of them errs by far more than a product.
+Tiles tiles_now(int64_t units) {
+  constexpr int64_t kFewestUnits = 16;
+  if (units < kFewestUnits) return {};
   const MultiplyTiles multiply = multiply_tiles();
   const int parts = multiply && allowed_parts ? allowed_parts() : 0;
   return parts ? Tiles{multiply, parts} : Tiles{};
@@ -266,7 +270,7 @@ template <class T>
 void fill_inputs(const Call& c, RecurrentInputs<T>& a) {
   const RecurrentShape& s = c.shape();
   a.shape = s;
-  if constexpr (std::is_same<T, float>::value) a.tiles = tiles_now();
+  if constexpr (std::is_same<T, float>::value) a.tiles = tiles_now(s.H);
   a.x = token_rows<T>(c, c.x);
   if (c.resets) {
     const auto rows = token_rows<bool>(c, *c.resets);

@@ -140,7 +140,7 @@ SIZES = [
     (15, 31, 17),
     (17, 33, 31),
     (33, 15, 47),
-    (9, 130, 7),
+    (9, 130, 19),
     (31, 37, 64),
 ]
 
@@ -190,7 +190,9 @@ def test_by_default_and_without_tiles_float32_stays_ieee(cell):
     assert_same_bits(run(case), expected, "highest")
 
 
-def test_few_rows_and_float64_stay_ieee():
+def test_few_rows_or_units_and_float64_stay_ieee():
+    few_units = recurrent_case("lstm", 4, 33, 100, 15)
+    assert_same_bits(under("high", run, few_units), run(few_units), "15 units")
     for case in (
         recurrent_case("lstm", 4, 7, 33, 40, dtype=torch.float64),
         recurrent_case("lstm", 1, 20, 33, 40),
