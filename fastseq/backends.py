@@ -484,8 +484,10 @@ def recurrent_explanation(
         elif plain and _forced.get() != "cuda" and not _REFERENCE[cell].extras:
             said += " for calls of a kind and size at which they were measured faster than torch's"
         return Explanation(cell, "cuda", said)
-    narrow = x.dtype is torch.float64 or one_step
-    return Explanation(cell, "cpu", _kernel_in_use() + ("" if narrow else _precision_in_use()))
+    wide = x.dtype is torch.float64 or one_step
+    few_units = len(params) > 0 and params[0].shape[0] < 16 * CELLS[cell].gates
+    said = "" if wide or few_units else _precision_in_use()
+    return Explanation(cell, "cpu", _kernel_in_use() + said)
 
 
 def _precision_in_use() -> str:

@@ -223,7 +223,7 @@ def test_the_switch_of_recurrent_layers_has_the_last_word(products, layers, mean
     allow(products)
     torch.backends.mkldnn.rnn.fp32_precision = layers
     assert_same_bits(run(case), expected, means)
-    said = fastseq.explain(nn.LSTM(4, 4)).reason
+    said = fastseq.explain(nn.LSTM(4, 16)).reason
     in_words = {"high": "by three of bfloat16", "medium": "in bfloat16", "highest": ""}[means]
     assert in_words in said and ("bfloat16" in said) == bool(in_words)
 
@@ -287,9 +287,10 @@ def test_special_values_as_float32_has_them(cell, what):
 
 def test_what_is_said(monkeypatch):
     allow("high")
-    module, x = nn.LSTM(4, 4), torch.randn(2, 3, 4)
+    module, x = nn.LSTM(4, 16), torch.randn(2, 3, 4)
     assert "by three of bfloat16 (AMX, emulated)" in fastseq.explain(module, x).reason
     assert "bfloat16" not in fastseq.explain(module.double(), x.double()).reason
+    assert "bfloat16" not in fastseq.explain(nn.LSTM(4, 15), x).reason
     assert dict(doctor.report()[0])["AMX"] == "emulated: set by name"
     _native.set_tiles("off")
     assert fastseq.explain(module.float(), x).reason.endswith("all in float32: set by name")
