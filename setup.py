@@ -36,8 +36,8 @@ CXXFLAGS = (
 ).split()
 
 # Instruction sets, narrowest first: the kernel files csrc/cpu/<op>/<op>.cpp are compiled with each.
-# -mtune changes the order of instructions, not which there are: tiles gain a twentieth. With -O2 the
-# kernels for processors that have none of the others take two thirds of the room.
+# -mtune changes the order of instructions, not which there are: tiles gain a twentieth. With -O2
+# the kernels for processors that have none of the others take two thirds of the room.
 ISA_FLAGS = {
     "scalar": ["-O2"],
     "avx2": "-mavx2 -mfma -mtune=haswell".split(),

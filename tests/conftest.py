@@ -25,7 +25,8 @@ def same_start() -> Iterator[None]:
     torch.manual_seed(0)
     random.seed(0)
     dtype = torch.get_default_dtype()
-    # torch's older switch sets these, and set back leaves them at "ieee".
+    # torch's older switch has a memory of its own; it sets these too, and set back leaves them at
+    # "ieee".
     switches = (
         torch.backends.cuda.matmul,
         torch.backends.cudnn.rnn,
@@ -37,6 +38,7 @@ def same_start() -> Iterator[None]:
     yield
     torch.set_num_threads(1)
     torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision("highest")
     for switch, precision in zip(switches, precisions, strict=True):
         switch.fp32_precision = precision
 
