@@ -101,16 +101,11 @@ def test_without_amx_float32_stays_ieee_at_every_switch(cell, switch, request):
     case = recurrent_case(cell, 9, 8, 33, 40, num_layers=2, bidirectional=True)
     run = (case.module(MODULES[cell]), case.inputs, case.cotangents)
     expected = run_with_grads(*run, names=case.names)
-    before = torch.get_float32_matmul_precision(), torch.backends.mkldnn.rnn.fp32_precision
-    try:
-        if switch == "bf16":
-            torch.backends.mkldnn.rnn.fp32_precision = switch
-        else:
-            torch.set_float32_matmul_precision(switch)
-        found = run_with_grads(*run, names=case.names)
-    finally:
-        torch.backends.mkldnn.rnn.fp32_precision = before[1]
-        torch.set_float32_matmul_precision(before[0])
+    if switch == "bf16":  # conftest.py sets it back
+        torch.backends.mkldnn.rnn.fp32_precision = switch
+    else:
+        torch.set_float32_matmul_precision(switch)
+    found = run_with_grads(*run, names=case.names)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

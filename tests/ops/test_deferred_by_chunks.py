@@ -6,15 +6,15 @@ csrc/cpu/support/lanes.h, csrc/cpu/recurrent/deferred_by_chunks.inl
 from __future__ import annotations
 
 import pytest
-import torch
 
 from fastseq import _native, nn
 from fastseq.testing import recurrent_case
 from tests.ops.test_recurrent import (
     DTYPES,
     ISAS,
-    assert_same_bits,
+    WANTED,
     assert_same_bits_for_threads,
+    assert_same_bits_for_wanted,
     check,
     same_isa,
 )
@@ -65,22 +65,7 @@ def test_same_bits_for_any_number_of_threads(cell, form):
     assert_same_bits_for_threads(recurrent_case(cell, 400, 1, inputs, 34, **options), (2, 3, 5))
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (4,), (0, 5), (5,), (2, 3)])
+@pytest.mark.parametrize("wanted", WANTED)
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
 def test_wanted_gradients_are_those_of_a_call_that_wants_all(cls, wanted):
-    module = cls(12, 20, bidirectional=True)
-    leaves = [torch.randn(300, 1, 12), *module.parameters(), torch.randn(2, 1, 20)]
-    state = len(leaves) - 1
-    wanted = [state if i == 5 else i for i in wanted]
-
-    def grads(which):
-        for i, leaf in enumerate(leaves):
-            leaf.requires_grad_(i in which)
-        hx = (leaves[state], torch.zeros_like(leaves[state]))
-        y = module(leaves[0], hx if cls is nn.LSTM else leaves[state])[0]
-        found = torch.autograd.grad(y.square().sum(), [leaves[i] for i in which])
-        return dict(zip(which, found, strict=True))
-
-    everything = grads(range(len(leaves)))
-    found = grads(wanted)
-    assert_same_bits(found, {i: everything[i] for i in wanted}, f"{cls.__name__} {wanted}")
+    assert_same_bits_for_wanted(cls(12, 20, bidirectional=True), 300, 1, wanted)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from fastseq import _native, nn
 from fastseq.testing import recurrent_case
 from tests.ops.test_recurrent import (
     DTYPES,
     ISAS,
-    assert_same_bits,
+    WANTED,
     assert_same_bits_for_threads,
+    assert_same_bits_for_wanted,
     check,
     same_isa,
 )
@@ -62,20 +62,7 @@ def test_same_bits_for_any_number_of_threads(cell, form):
         assert_same_bits_for_threads(recurrent_case(cell, 5, B, inputs, 34, **more), (2, 3, 5))
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (4,), (0, 5), (5,), (2, 3)])
+@pytest.mark.parametrize("wanted", WANTED)
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
 def test_wanted_gradients_are_those_of_a_call_that_wants_all(cls, wanted):
-    module = cls(12, 20)
-    leaves = [torch.randn(6, 70, 12), *module.parameters(), torch.randn(1, 70, 20)]
-
-    def grads(which):
-        for i, leaf in enumerate(leaves):
-            leaf.requires_grad_(i in which)
-        hx = (leaves[5], torch.zeros_like(leaves[5])) if cls is nn.LSTM else leaves[5]
-        y = module(leaves[0], hx)[0]
-        found = torch.autograd.grad(y.square().sum(), [leaves[i] for i in which])
-        return dict(zip(which, found, strict=True))
-
-    everything = grads(range(6))
-    found = grads(wanted)
-    assert_same_bits(found, {i: everything[i] for i in wanted}, f"{cls.__name__} {wanted}")
+    assert_same_bits_for_wanted(cls(12, 20), 6, 70, wanted)

@@ -226,6 +226,30 @@ def assert_same_bits_for_threads(case, counts=(1, 2, 3), **more):
         assert_same_bits(run(case, **more), expected, f"{threads} threads {case}")
 
 
+# Of x, of a matrix, of a bias, and -1 of the initial state (an LSTM's h).
+WANTED = [(0,), (1,), (4,), (0, -1), (-1,), (2, 3)]
+
+
+def assert_same_bits_for_wanted(module, T, B, wanted):
+    """The gradients that a call wants are those of a call that wants all."""
+    directions = 2 if module.bidirectional else 1
+    h0 = torch.randn(directions, B, module.hidden_size)
+    leaves = [torch.randn(T, B, module.input_size), *module.parameters(), h0]
+
+    def grads(which):
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+        for i in which:
+            leaves[i].requires_grad_()
+        hx = (h0, torch.zeros_like(h0)) if module.mode == "LSTM" else h0
+        y = module(leaves[0], hx)[0]
+        found = torch.autograd.grad(y.square().sum(), [leaves[i] for i in which])
+        return dict(zip(which, found, strict=True))
+
+    everything = grads([*range(len(leaves) - 1), -1])
+    assert_same_bits(grads(wanted), {i: everything[i] for i in wanted}, f"{module} {wanted}")
+
+
 FORMS = {
     "padded": {},
     "lengths": dict(lengths=[4, 0, 1, 6, 6] * 7),
