@@ -33,8 +33,9 @@ struct RowsOfA {
   struct Place {
     const char* first;
     int64_t distance[Rows];
-    FASTSEQ_INLINE T at(int m) const {
-      return *reinterpret_cast<const T*>(m == 0 ? first : first + distance[m]);
+    // A[m][k + ahead].
+    FASTSEQ_INLINE T at(int m, int64_t ahead = 0) const {
+      return reinterpret_cast<const T*>(m == 0 ? first : first + distance[m])[ahead];
     }
     FASTSEQ_INLINE void next() {
       first += sizeof(T);
@@ -63,7 +64,7 @@ struct ColumnsOfA {
   struct Place {
     const T* a;
     int64_t stride;
-    FASTSEQ_INLINE T at(int m) const { return a[m]; }
+    FASTSEQ_INLINE T at(int m, int64_t ahead = 0) const { return a[m + ahead * stride]; }
     FASTSEQ_INLINE void next() { a += stride; }
   };
   template <int Rows>
@@ -92,6 +93,22 @@ FASTSEQ_INLINE const T* line_of(const Strided<T>& soon, int64_t k) {
 // length of a chain.
 constexpr int64_t kChain = 128;
 
+// Calls f(integral_constant-like<n>) for the n in [1, Max] that equals `value`.
+template <int N>
+struct Const {
+  static constexpr int value = N;
+};
+template <int Max, class F>
+FASTSEQ_INLINE void with_const(int value, const F& f) {
+  if constexpr (Max > 0) {
+    if (value == Max) {
+      f(Const<Max>{});
+    } else {
+      with_const<Max - 1>(value, f);
+    }
+  }
+}
+
 // acc[m][v] += sum over k in [k0, k1) of A[m][k] * B[k][v]. B: `Panels` panels of `Vectors` vectors
 // a k, [K][Vectors * lanes], `panel_stride` elements apart. Few rows take several panels, for sums
 // enough (eight) to hide the latency of an FMA.
@@ -118,29 +135,56 @@ FASTSEQ_INLINE void multiply_chain(int64_t k0, int64_t k1, const A& a, const T* 
   }
 }
 
-// The same for two chains side by side, [k0, k1) to acc and [k1, k2) to other, k1 - k0 >= k2 - k1:
-// few sums alone leave the units waiting for each other's FMA.
-template <class T, int Rows, int Vectors, int Panels, class A>
-FASTSEQ_INLINE void multiply_two_chains(int64_t k0, int64_t k1, int64_t k2, const A& a,
-                                        const T* panel, int64_t panel_stride,
-                                        Vec<T> (&acc)[Rows][Panels * Vectors],
-                                        Vec<T> (&other)[Rows][Panels * Vectors]) {
-  const int64_t both = k2 - k1;
-  auto place_1 = a.template place<Rows>(k0), place_2 = a.template place<Rows>(k1);
-  for (int64_t k = k0; k < k0 + both; ++k, place_1.next(), place_2.next()) {
+// One k of the first `Chains` chains side by side: sums [chain][row][column].
+template <class T, int Rows, int Vectors, int Panels, int Chains, class Place>
+FASTSEQ_INLINE void step_abreast(const Place& a, int64_t chain, const T* b, int64_t panel_stride,
+                                 Vec<T>* sums) {
+#pragma GCC unroll 4
+  for (int c = 0; c < Chains; ++c) {
+    const T* from = b + c * chain * Vectors * kLanes<T>;
 #pragma GCC unroll 12
     for (int m = 0; m < Rows; ++m) {
-      const Vec<T> a_1 = broadcast(place_1.at(m)), a_2 = broadcast(place_2.at(m));
+      const Vec<T> a_mk = broadcast(a.at(m, c * chain));
 #pragma GCC unroll 12
       for (int v = 0; v < Panels * Vectors; ++v) {
-        const T* p = panel + (v / Vectors) * panel_stride + (v % Vectors) * kLanes<T>;
-        acc[m][v] = fma(a_1, load(p + k * Vectors * kLanes<T>), acc[m][v]);
-        other[m][v] = fma(a_2, load(p + (k - k0 + k1) * Vectors * kLanes<T>), other[m][v]);
+        Vec<T>& sum = sums[(c * Rows + m) * Panels * Vectors + v];
+        sum = fma(a_mk, load(from + (v / Vectors) * panel_stride + (v % Vectors) * kLanes<T>), sum);
       }
     }
   }
-  multiply_chain<T, Rows, Vectors, Panels, false>(k0 + both, k1, a, panel, panel_stride, acc,
-                                                  panel);
+}
+
+// The chains of [k0, k1), `Chains` of them side by side, the last perhaps shorter: few sums alone
+// leave the units waiting for each other's FMA.
+template <class T, int Rows, int Vectors, int Panels, int Chains, class A>
+FASTSEQ_INLINE void multiply_abreast(int64_t k0, int64_t k1, int64_t chain, const A& a,
+                                     const T* panel, int64_t panel_stride, Vec<T>* sums) {
+  constexpr int kSums = Rows * Panels * Vectors, kPanelWidth = Vectors * kLanes<T>;
+  const int64_t last = k1 - k0 - (Chains - 1) * chain;
+#pragma GCC unroll 16
+  for (int i = 0; i < Chains * kSums; ++i) sums[i] = Vec<T>{};
+  auto place = a.template place<Rows>(k0);
+  const T* b = panel + k0 * kPanelWidth;
+  for (int64_t i = 0; i < last; ++i, place.next(), b += kPanelWidth) {
+    step_abreast<T, Rows, Vectors, Panels, Chains>(place, chain, b, panel_stride, sums);
+  }
+  if constexpr (Chains > 1) {
+    for (int64_t i = last; i < chain; ++i, place.next(), b += kPanelWidth) {
+      step_abreast<T, Rows, Vectors, Panels, Chains - 1>(place, chain, b, panel_stride, sums);
+    }
+  }
+}
+
+// acc (+)= those sums, chain by chain.
+template <class T, int Rows, int Columns, int Chains>
+FASTSEQ_INLINE void add_abreast(bool first, const Vec<T>* sums, Vec<T> (&acc)[Rows][Columns]) {
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows * Columns; ++i) {
+    Vec<T>& sum = acc[i / Columns][i % Columns];
+    sum = first ? sums[i] : sum + sums[i];
+#pragma GCC unroll 4
+    for (int c = 1; c < Chains; ++c) sum += sums[c * Rows * Columns + i];
+  }
 }
 
 // total (+)= sums, then sums = 0 for the next chain; or, after the last, sums += total.
@@ -164,27 +208,39 @@ FASTSEQ_INLINE void add_chain(bool first, bool last, T* total, Vec<T> (&sums)[Ro
 template <class T, int Rows, int Vectors, int Panels, bool Fetch, class A, class Soon>
 FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64_t panel_stride,
                                     Vec<T> (&acc)[Rows][Panels * Vectors], const Soon& soon,
-                                    int64_t chain) {
+                                    int64_t chain, bool back) {
   if (K <= chain) {
     multiply_chain<T, Rows, Vectors, Panels, Fetch>(0, K, a, panel, panel_stride, acc, soon);
     return;
   }
-  alignas(64) T total[Rows * Panels * Vectors * kLanes<T>];
-  int64_t k0 = 0;
-  if constexpr (Rows * Panels * Vectors < 8) {
-    for (; k0 + chain < K; k0 += 2 * chain) {
-      const int64_t k1 = k0 + chain, k2 = min64(k1 + chain, K);
-      Vec<T> other[Rows][Panels * Vectors] = {};
-      multiply_two_chains<T, Rows, Vectors, Panels>(k0, k1, k2, a, panel, panel_stride, acc, other);
-      add_chain<T>(k0 == 0, false, total, acc);
-      add_chain<T>(false, false, total, other);
-    }
-    if (k0 >= K) {
-      add_chain<T>(false, true, total, acc);
+  constexpr int kColumns = Panels * Vectors, kAbreast = Rows * kColumns < 8 ? 2 : 1;
+  if constexpr (kAbreast == 2) {
+    Vec<T> sums[kAbreast * Rows * kColumns];
+    if (back && K > 3 * chain && K <= 4 * chain) {
+      // The later half first: of the step before, it was read last.
+      Vec<T> later[kAbreast * Rows * kColumns];
+      multiply_abreast<T, Rows, Vectors, Panels, 2>(2 * chain, K, chain, a, panel, panel_stride,
+                                                    later);
+      multiply_abreast<T, Rows, Vectors, Panels, 2>(0, 2 * chain, chain, a, panel, panel_stride,
+                                                    sums);
+      add_abreast<T, Rows, kColumns, 2>(true, sums, acc);
+      add_abreast<T, Rows, kColumns, 2>(false, later, acc);
       return;
     }
+    int64_t k0 = 0;
+    for (; k0 + chain < K; k0 += 2 * chain) {
+      const int64_t k1 = min64(k0 + 2 * chain, K);
+      multiply_abreast<T, Rows, Vectors, Panels, 2>(k0, k1, chain, a, panel, panel_stride, sums);
+      add_abreast<T, Rows, kColumns, 2>(k0 == 0, sums, acc);
+    }
+    if (k0 < K) {
+      multiply_abreast<T, Rows, Vectors, Panels, 1>(k0, K, chain, a, panel, panel_stride, sums);
+      add_abreast<T, Rows, kColumns, 1>(false, sums, acc);
+    }
+    return;
   }
-  for (; k0 < K; k0 += chain) {
+  alignas(64) T total[Rows * Panels * Vectors * kLanes<T>];
+  for (int64_t k0 = 0; k0 < K; k0 += chain) {
     multiply_chain<T, Rows, Vectors, Panels, Fetch>(k0, min64(k0 + chain, K), a, panel,
                                                     panel_stride, acc, soon);
     add_chain<T>(k0 == 0, k0 + chain >= K, total, acc);
@@ -192,30 +248,17 @@ FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64
 }
 
 // `soon`: what to fetch meanwhile, K lines of it; null for nothing. (Fetching what is near
-// already takes the few buffers that the panel itself needs.)
+// already takes the few buffers that the panel itself needs.) `back`: few rows may begin with what
+// is last; the sums are the same.
 template <class T, int Rows, int Vectors, int Panels, class A, class Soon = const T*>
 FASTSEQ_INLINE void multiply(int64_t K, const A& a, const T* panel, int64_t panel_stride,
                              Vec<T> (&acc)[Rows][Panels * Vectors], Soon soon = {},
-                             int64_t chain = kChain) {
+                             int64_t chain = kChain, bool back = false) {
   if (soon) {
-    multiply_chains<T, Rows, Vectors, Panels, true>(K, a, panel, panel_stride, acc, soon, chain);
+    multiply_chains<T, Rows, Vectors, Panels, true>(K, a, panel, panel_stride, acc, soon, chain,
+                                                    back);
   } else {
-    multiply_chains<T, Rows, Vectors, Panels, false>(K, a, panel, panel_stride, acc, soon, chain);
-  }
-}
-
-// Calls f(integral_constant-like<n>) for the n in [1, Max] that equals `value`.
-template <int N>
-struct Const {
-  static constexpr int value = N;
-};
-template <int Max, class F>
-FASTSEQ_INLINE void with_const(int value, const F& f) {
-  if constexpr (Max > 0) {
-    if (value == Max) {
-      f(Const<Max>{});
-    } else {
-      with_const<Max - 1>(value, f);
-    }
+    multiply_chains<T, Rows, Vectors, Panels, false>(K, a, panel, panel_stride, acc, soon, chain,
+                                                     back);
   }
 }

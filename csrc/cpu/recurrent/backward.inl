@@ -20,7 +20,8 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
                              nullptr,
                              nullptr,
                              false};
-  const PanelProduct<T> by_hh{gates, s.P, nullptr}, by_hr{s.P, s.H, nullptr};
+  const PanelProduct<T> by_hh{gates, s.P, nullptr, chain_over_gates(gates)};
+  const PanelProduct<T> by_hr{s.P, s.H, nullptr};
   const int64_t panels = by_hh.panels(), hr_panels = projected ? by_hr.panels() : 0;
   constexpr bool kByRow = cell::kNormalised<Cell>;
   const int64_t leaves = leaves_of<Cell, T>(s, projected);
@@ -28,7 +29,7 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
   const Plan plan = kByRow   ? plan_normalised(s, gates * s.P, threads.count)
                     : chunks ? Plan{false, 1, s.B}
                     : leaves
-                        ? plan_leaves(s, leaves, threads.count)
+                        ? plan_leaves(leaves, threads.count)
                         : plan_steps(s, gates * s.P, gates * s.P, panels, sizeof(T), threads.count);
   const int64_t tasks = plan.tasks * s.D;
   const int64_t task_rows = plan.by_units ? s.B
@@ -66,8 +67,10 @@ void recurrent_backward(const RecurrentBackward<T>& a, const Threads& threads) {
     for (int64_t i = 0; i < tasks; ++i) {
       BackwardTask<T> one{};
       one.share = share_of(plan, s, i, panels, hr_panels);
-      one.hh = {gates, s.P, packed_hh + (own ? i : i % s.D) * hh_size};
-      one.hr = {s.P, s.H, packed_hr + (i % s.D) * hr_size};
+      one.hh = by_hh;
+      one.hh.packed = packed_hh + (own ? i : i % s.D) * hh_size;
+      one.hr = by_hr;
+      one.hr.packed = packed_hr + (i % s.D) * hr_size;
       one.rows = memory.template take<BackwardRow<T>>(size_t(task_rows));
       one.from = memory.template take<const T*>(size_t(task_rows));
       if constexpr (kTiled<T>) {

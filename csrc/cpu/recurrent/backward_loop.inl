@@ -232,7 +232,7 @@ struct BackwardLoop {
       }
     }
     // To and fro, as the forward pass goes.
-    const bool back = step % 2 == 1 && 2 * most > kRows;
+    const bool odd = step % 2 == 1, back = odd && 2 * most > kRows;
     for (int64_t done = 0, n = 0; done < share.g1 - share.g0; done += n) {
       const int64_t p = back ? share.g1 - 1 - done : share.g0 + done;
       n = back || tiled ? 1 : product.together(most, p, share.g1);
@@ -243,7 +243,7 @@ struct BackwardLoop {
         const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
         bool any = false;
         for (int m = 0; m < rows; ++m) any = any || task.from[b + m] != zero;
-        if (!tiled) product.sums(p, int(n), rows, task.from + b, any, int(i), back, sums);
+        if (!tiled) product.sums(p, int(n), rows, task.from + b, any, int(i), odd, sums);
         if constexpr (kTiled<T>) {
           if (tiled) {
             sums_by_tiles(product, p, i, rows, task.from + b, any, task.tiled_from,

@@ -92,8 +92,6 @@ struct Deferred {
     g.c = loop.a.dw_hr[d];
     return g;
   }
-  // Over all gates: of no more than a few chains, shorter ones.
-  static int64_t chain_over_gates(int64_t K) { return K <= 4 * kChain ? kChain / 2 : kChain; }
   Gemm<T> to_x(int d) const {
     Gemm<T> g{};
     g.M = s.tokens;

@@ -201,7 +201,7 @@ struct DeferredByRows {
     }
     if (!a.dx.base) return;
     const PanelProduct<T> product{gates, s.I, packed + task * packed_size(),
-                                  Deferred<Cell, T>::chain_over_gates(gates)};
+                                  chain_over_gates(gates)};
     product.each(0, product.panels(), count, dsums,
                  [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
                    store(a.dx.at(s, t, b + i) + column, sum, lanes);

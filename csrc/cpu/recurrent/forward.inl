@@ -194,6 +194,11 @@ struct ForwardLoop {
       const T* start = ahead ? task.ahead + ((g - share.g0) * tokens + in_chunk * wide) * kRowOut
                              : task.packed.bias + g * kRowOut;
       for (int64_t i = 0; i < count; ++i) task.start[i] = start + (ahead ? i * kRowOut : 0);
+      // Another core may have made those of the step after next: too far to wait for them then.
+      for (int i = 0; ahead && i < groups; ++i) {
+        const T* soon = start + (i * tokens + 2 * wide) * kRowOut;
+        for (int64_t j = 0; j < wide * kRowOut; j += kLanes<T>) __builtin_prefetch(soon + j);
+      }
       int64_t b = 0;
       for (int64_t i = 0; i < tiles; ++i) {
         const int rows = int(end_of(i) - b);

@@ -102,7 +102,7 @@ inline Plan plan_steps(const RecurrentShape& s, int64_t weights, int64_t all, in
 
 // By sequences, where what they contribute is summed over so many leaves of them (a power of two,
 // as the number of tasks then is); see deferred_by_rows.inl.
-inline Plan plan_leaves(const RecurrentShape& s, int64_t leaves, int threads) {
+inline Plan plan_leaves(int64_t leaves, int threads) {
   int64_t tasks = 1;
   while (2 * tasks <= min64(leaves, threads)) tasks *= 2;
   return {false, int(tasks), 0};
@@ -168,6 +168,9 @@ FASTSEQ_INLINE void run_steps(const Plan& plan, int64_t tasks, int64_t steps, in
 // Weights smaller than this are packed by every task for itself: the copy is made sooner than the
 // lines another core has just written are fetched from it.
 constexpr int64_t kOwnCopy = int64_t(64) << 10;
+
+// The chains of a sum over all gates: of no more than a few chains, shorter ones.
+inline int64_t chain_over_gates(int64_t K) { return K <= 4 * kChain ? kChain / 2 : kChain; }
 
 // What the tile of this order should fetch: half of the panel `ahead` panels from `panel`, or
 // nothing new. Small panels stay in the first-level cache as it is.

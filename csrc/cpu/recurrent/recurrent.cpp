@@ -19,6 +19,8 @@ namespace {
 
 #include "pack.inl"
 
+#include "keep.inl"
+
 #include "tile.inl"
 
 #include "by_tiles.inl"

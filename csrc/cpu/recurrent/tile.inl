@@ -91,9 +91,11 @@ FASTSEQ_INLINE void sums_tile(const SumsTile<T>& tile, int rows, int groups, T* 
 // Rows of A, K wide, by `Panels` panels of columns, to `out` [Panels][Rows][Vectors][lanes].
 template <class T, int Rows, int Vectors, int Panels>
 FASTSEQ_TILE void rows_times_panels(int64_t K, const T* const* rows, const T* panel,
-                                    int64_t panel_stride, const T* soon, int64_t chain, T* out) {
+                                    int64_t panel_stride, const T* soon, int64_t chain, bool back,
+                                    T* out) {
   Vec<T> acc[Rows][Panels * Vectors] = {};
-  multiply<T, Rows, Vectors, Panels>(K, RowsOfA<T>{rows}, panel, panel_stride, acc, soon, chain);
+  multiply<T, Rows, Vectors, Panels>(K, RowsOfA<T>{rows}, panel, panel_stride, acc, soon, chain,
+                                     back);
 #pragma GCC unroll 12
   for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 12
@@ -133,15 +135,18 @@ struct PanelProduct {
     with_const<kRows>(rows, [&](auto r) {
       constexpr int kN = decltype(r)::value;
       constexpr int kTwo = 2 * kN <= kRows ? 2 : 1, kFour = kN == 1 ? 4 : kTwo;
+      const auto multiply = [&](auto vectors, auto panels) {
+        rows_times_panels<T, kN, decltype(vectors)::value, decltype(panels)::value>(
+            depth, from, panel, stride, soon, chain, back, out);
+      };
       if (n == 4) {
-        rows_times_panels<T, kN, kPanelVectors, kFour>(depth, from, panel, stride, soon, chain,
-                                                       out);
+        multiply(Const<kPanelVectors>{}, Const<kFour>{});
       } else if (n == 2) {
-        rows_times_panels<T, kN, kPanelVectors, kTwo>(depth, from, panel, stride, soon, chain, out);
+        multiply(Const<kPanelVectors>{}, Const<kTwo>{});
       } else if (wide == kPanelVectors) {
-        rows_times_panels<T, kN, kPanelVectors, 1>(depth, from, panel, stride, soon, chain, out);
+        multiply(Const<kPanelVectors>{}, Const<1>{});
       } else {
-        rows_times_panels<T, kN, 1, 1>(depth, from, panel, stride, soon, chain, out);
+        multiply(Const<1>{}, Const<1>{});
       }
     });
   }

@@ -38,7 +38,7 @@ char* allocate(size_t bytes) {
   return block;
 }
 
-Scratch::Scratch(size_t bytes) : bytes_(padded(bytes ? bytes : 1)) {
+Scratch::Scratch(size_t bytes) : Handout(nullptr), bytes_(padded(bytes ? bytes : 1)) {
   // Taken out of `kept`, so that a nested call gets a block of its own.
   if (kept.bytes >= bytes_) {
     block_ = kept.block;

@@ -8,16 +8,12 @@ namespace fastseq {
 // On huge pages where there is use for them; std::free gives it back. Throws std::bad_alloc.
 char* allocate(size_t bytes);
 
-class Scratch {
+// Hands memory out in order.
+class Handout {
  public:
   static constexpr size_t kAlignment = 64;
 
-  // Room for `bytes`; take() hands it out. Throws std::bad_alloc.
-  explicit Scratch(size_t bytes);
-  ~Scratch();
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
+  explicit inline __attribute__((always_inline)) Handout(char* first) : next_(first) {}
   // The next n elements, uninitialised, on a 64-byte boundary.
   template <class T>
   inline __attribute__((always_inline)) T* take(size_t n) {
@@ -29,9 +25,20 @@ class Scratch {
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
 
+ protected:
+  char* next_;
+};
+
+class Scratch : public Handout {
+ public:
+  // Room for `bytes`; take() hands it out. Throws std::bad_alloc.
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
  private:
   char* block_;
-  char* next_;
   size_t bytes_;
 };
 
@@ -41,7 +48,7 @@ class ScratchSize {
  public:
   template <class T>
   inline __attribute__((always_inline)) T* take(size_t n) {
-    bytes_ += Scratch::padded(n * sizeof(T));
+    bytes_ += Handout::padded(n * sizeof(T));
     return nullptr;
   }
   size_t bytes() const { return bytes_; }
