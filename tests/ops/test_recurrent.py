@@ -305,6 +305,21 @@ def test_same_bits_of_a_row_whatever_its_neighbours(isa, cell, form):
 
 
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_saved_past_the_caches_is_what_backward_reads(dtype, cell):
+    """More than 4 MiB goes there (forward.inl): that of all rows does, that of three does not."""
+    B = 48
+    case = recurrent_case(cell, 180, B, 5, 128, dtype=DTYPES[dtype])
+    everything = run(case)
+    states = ("x", "h0", "c0")
+    for rows in (slice(0, 3), slice(B - 3, B)):
+        inputs = {n: t[:, rows] if n in states else t for n, t in case.inputs.items()}
+        found = run(replace(case, inputs=inputs, cotangents=[c[:, rows] for c in case.cotangents]))
+        for name in (*case.names, *(f"grad {n}" for n in states if n in case.inputs)):
+            assert torch.equal(found[name], everything[name][:, rows]), f"rows {rows}: {name}"
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_inference_gives_the_bits_of_training(cell):
     case = recurrent_case(cell, 6, 5, 20, 33, num_layers=2, bidirectional=True)
     fn, trained = ours(case), run(case)

@@ -39,6 +39,7 @@ struct ForwardLoop {
   const RecurrentForward<T>& a;
   int64_t saved_row;
   const T* zero;   // max(H, P) zeros
+  bool streams;    // `saved` goes past the caches
   T* unprojected;  // [D, B, H], or null: h is not projected
   int64_t ahead;   // steps; 0: input products are made step by step
 
@@ -149,7 +150,13 @@ struct ForwardLoop {
     if (at.first->saved) {
 #pragma GCC unroll 8
       for (int i = 0; i < Cell::kSaved; ++i) {
-        store_each(saved[i], lanes, [&](int j) { return at.of(at.row(j).saved + i * H, j); });
+        const auto to = [&](int j) { return at.of(at.row(j).saved + i * H, j); };
+        if (kStreams && streams) {
+#pragma GCC unroll 8
+          for (int j = 0; j < N; ++j) stream(to(j), saved[i].part[j]);
+        } else {
+          store_each(saved[i], lanes, to);
+        }
       }
     }
   }
@@ -217,6 +224,7 @@ struct ForwardLoop {
         b += rows;
       }
     }
+    if (streams) end_streams();
   }
 
   // The cells of one tile: `rows` rows by `groups` groups from g on.
@@ -287,6 +295,17 @@ void final_states(const RecurrentForward<T>& a, const T* zero) {
   }
 }
 
+// What a call saves goes past the caches where they would not hold it until the backward pass:
+// beyond 4 MiB, two second-level caches' worth.
+template <class T>
+bool streams_saved(const T* saved, const RecurrentShape& s, int64_t row) {
+  constexpr int64_t kMuch = int64_t(4) << 20;
+  constexpr uintptr_t kWhole = kLanes<T> * sizeof(T);
+  const bool aligned = reinterpret_cast<uintptr_t>(saved) % kWhole == 0 && s.H % kLanes<T> == 0 &&
+                       row % kLanes<T> == 0;
+  return kStreams && saved && aligned && s.D * s.tokens * row * int64_t(sizeof(T)) >= kMuch;
+}
+
 template <class Cell, class T>
 void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
   using L = LayoutOf<Cell>;
@@ -312,7 +331,9 @@ void recurrent_forward(const RecurrentForward<T>& a, const Threads& threads) {
   const bool own =
       !plan.by_units && tasks > s.D && (size.x + size.h + size.hr) * int64_t(sizeof(T)) <= kOwnCopy;
 
-  ForwardLoop<Cell, T> loop{a, Cell::kSaved * s.H + (projected ? s.P : 0), nullptr, nullptr, ahead};
+  const int64_t saved_row = Cell::kSaved * s.H + (projected ? s.P : 0);
+  ForwardLoop<Cell, T> loop{a,       saved_row, nullptr, streams_saved(a.saved, s, saved_row),
+                            nullptr, ahead};
   KeptPack kept[2];
   PackedForward<T> kept_packed[2] = {};
   for (int d = 0; d < s.D && !own && !tiled && !a.saved && worth_keeping<T>(s, L::kGates); ++d) {

@@ -167,7 +167,7 @@ void one_step_forward(const RecurrentForward<T>& a, const Threads& threads) {
   const int64_t work = s.B * L::kGates * s.H * (s.I + s.P);
   const Plan plan = plan_in_place(s, work, groups, threads.count);
   const int64_t tasks = plan.tasks * s.D;
-  ForwardLoop<Cell, T> loop{a, Cell::kSaved * s.H, nullptr, nullptr, 0};
+  ForwardLoop<Cell, T> loop{a, Cell::kSaved * s.H, nullptr, false, nullptr, 0};
   ForwardTask<T>* task = nullptr;
   T* zero = nullptr;
   auto lay_out = [&](auto& memory) {

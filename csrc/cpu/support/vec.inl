@@ -72,6 +72,23 @@ FASTSEQ_INLINE void store(T* p, Vec<T> v, int n) {
   }
 }
 
+// Past the caches, to a boundary of a whole vector: for what is not read again soon, and is too
+// much to be there when it is. No other thread sees it before end_streams().
+#if FASTSEQ_VECTOR_BYTES == 64
+constexpr bool kStreams = true;
+FASTSEQ_INLINE void stream(float* p, VecF v) { _mm512_stream_ps(p, v); }
+FASTSEQ_INLINE void stream(double* p, VecD v) { _mm512_stream_pd(p, v); }
+FASTSEQ_INLINE void end_streams() { _mm_sfence(); }
+#else
+// Of half a cache line each, they would cost more than they save.
+constexpr bool kStreams = false;
+template <class T>
+FASTSEQ_INLINE void stream(T* p, Vec<T> v) {
+  store(p, v);
+}
+FASTSEQ_INLINE void end_streams() {}
+#endif
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define FASTSEQ_SHUFFLE 1
