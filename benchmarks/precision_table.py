@@ -34,6 +34,7 @@ def errors(row: str) -> list[float]:
     exact = case.to(torch.float64)
     truth = run_with_grads(exact.reference(), exact.inputs, exact.cotangents, names=case.names)
     layer, found = case.module(MODULES[cell]), []
+    before = torch.get_float32_matmul_precision()
     try:
         for precision in PRECISIONS:
             torch.set_float32_matmul_precision(precision)
@@ -42,7 +43,7 @@ def errors(row: str) -> list[float]:
             found.append(max(off[name] for name in case.names))
             found.append(max(e for name, e in off.items() if name not in case.names))
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(before)
     return found
 
 

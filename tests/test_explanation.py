@@ -84,3 +84,10 @@ def test_a_decoder_is_explained():
     values = arguments[-1]
     said = fastseq.explain(functional.attention_decoder, values, hx, values, values, weights)
     assert said == fastseq.explain(layer)
+
+
+def test_a_decoder_without_weights_is_refused():
+    input, keys = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)
+    state = torch.zeros(1, 2, 4)
+    with pytest.raises(ValueError, match="expected params, the weights of the cell, got none"):
+        fastseq.explain(functional.attention_decoder, input, (state, state), keys, keys, [])
