@@ -105,7 +105,7 @@ def _explain_module(module, input=None, hx=None, lengths=None, resets=None) -> E
 
 
 def _explain_decoder(input, hx, keys, values, params, *, cell="lstm", **kwargs) -> Explanation:
-    if not params:
+    if len(params) == 0:
         raise ValueError("fastseq.explain: expected params, the weights of the cell, got none")
     kind = kind_of(cell, hx[0].shape[0] if hx else 1, kwargs)
     by_steps = kwargs.get("location") is not None
