@@ -125,12 +125,13 @@ struct PanelProduct {
     return int(ceil_div(min64(kPanel<T>, N - p * kPanel<T>), kLanes<T>));
   }
 
-  // To `sums` [n][rows][vectors(p)][lanes]. Zero where `any` is false; `back`: panel p - 1 is next.
+  // To `sums` [n][rows][vectors(p)][lanes]. Zero where `any` is false; `back`: panel p - 1 is next,
+  // if panels are taken one by one, or a row begins with what it read last.
   void sums(int64_t p, int n, int rows, const T* const* from, bool any, int order, bool back,
             T* out) const {
     const int64_t depth = any ? K : 0, stride = K * kPanel<T>;
     const T* panel = packed + p * stride;
-    const T* soon = fetch_soon(panel, stride, back ? -1 : 1, order);
+    const T* soon = fetch_soon(panel, stride, back && n == 1 ? -1 : 1, order);
     const int wide = vectors(p);
     with_const<kRows>(rows, [&](auto r) {
       constexpr int kN = decltype(r)::value;
