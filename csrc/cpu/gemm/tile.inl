@@ -93,22 +93,6 @@ FASTSEQ_INLINE const T* line_of(const Strided<T>& soon, int64_t k) {
 // length of a chain.
 constexpr int64_t kChain = 128;
 
-// Calls f(integral_constant-like<n>) for the n in [1, Max] that equals `value`.
-template <int N>
-struct Const {
-  static constexpr int value = N;
-};
-template <int Max, class F>
-FASTSEQ_INLINE void with_const(int value, const F& f) {
-  if constexpr (Max > 0) {
-    if (value == Max) {
-      f(Const<Max>{});
-    } else {
-      with_const<Max - 1>(value, f);
-    }
-  }
-}
-
 // acc[m][v] += sum over k in [k0, k1) of A[m][k] * B[k][v]. B: `Panels` panels of `Vectors` vectors
 // a k, [K][Vectors * lanes], `panel_stride` elements apart. Few rows take several panels, for sums
 // enough (eight) to hide the latency of an FMA.
@@ -175,15 +159,13 @@ FASTSEQ_INLINE void multiply_abreast(int64_t k0, int64_t k1, int64_t chain, cons
   }
 }
 
-// acc (+)= those sums, chain by chain.
-template <class T, int Rows, int Columns, int Chains>
-FASTSEQ_INLINE void add_abreast(bool first, const Vec<T>* sums, Vec<T> (&acc)[Rows][Columns]) {
-#pragma GCC unroll 12
-  for (int i = 0; i < Rows * Columns; ++i) {
-    Vec<T>& sum = acc[i / Columns][i % Columns];
-    sum = first ? sums[i] : sum + sums[i];
-#pragma GCC unroll 4
-    for (int c = 1; c < Chains; ++c) sum += sums[c * Rows * Columns + i];
+// acc += those sums, chain by chain.
+template <class T, int Chains, int Rows, int Columns>
+FASTSEQ_INLINE void add_abreast(const Vec<T>* sums, Vec<T> (&acc)[Rows][Columns]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Chains * Rows * Columns; ++i) {
+    const int element = i % (Rows * Columns);
+    acc[element / Columns][element % Columns] += sums[i];
   }
 }
 
@@ -213,29 +195,28 @@ FASTSEQ_INLINE void multiply_chains(int64_t K, const A& a, const T* panel, int64
     multiply_chain<T, Rows, Vectors, Panels, Fetch>(0, K, a, panel, panel_stride, acc, soon);
     return;
   }
-  constexpr int kColumns = Panels * Vectors, kAbreast = Rows * kColumns < 8 ? 2 : 1;
-  if constexpr (kAbreast == 2) {
-    Vec<T> sums[kAbreast * Rows * kColumns];
+  constexpr int kSums = Rows * Panels * Vectors;
+  if constexpr (kSums < 8) {
+    Vec<T> sums[2 * kSums], later[2 * kSums];
     if (back && K > 3 * chain && K <= 4 * chain) {
       // The later half first: of the step before, it was read last.
-      Vec<T> later[kAbreast * Rows * kColumns];
       multiply_abreast<T, Rows, Vectors, Panels, 2>(2 * chain, K, chain, a, panel, panel_stride,
                                                     later);
       multiply_abreast<T, Rows, Vectors, Panels, 2>(0, 2 * chain, chain, a, panel, panel_stride,
                                                     sums);
-      add_abreast<T, Rows, kColumns, 2>(true, sums, acc);
-      add_abreast<T, Rows, kColumns, 2>(false, later, acc);
+      add_abreast<T, 2>(sums, acc);
+      add_abreast<T, 2>(later, acc);
       return;
     }
     int64_t k0 = 0;
     for (; k0 + chain < K; k0 += 2 * chain) {
       const int64_t k1 = min64(k0 + 2 * chain, K);
       multiply_abreast<T, Rows, Vectors, Panels, 2>(k0, k1, chain, a, panel, panel_stride, sums);
-      add_abreast<T, Rows, kColumns, 2>(k0 == 0, sums, acc);
+      add_abreast<T, 2>(sums, acc);
     }
     if (k0 < K) {
       multiply_abreast<T, Rows, Vectors, Panels, 1>(k0, K, chain, a, panel, panel_stride, sums);
-      add_abreast<T, Rows, kColumns, 1>(false, sums, acc);
+      add_abreast<T, 1>(sums, acc);
     }
     return;
   }
@@ -260,5 +241,21 @@ FASTSEQ_INLINE void multiply(int64_t K, const A& a, const T* panel, int64_t pane
   } else {
     multiply_chains<T, Rows, Vectors, Panels, false>(K, a, panel, panel_stride, acc, soon, chain,
                                                      back);
+  }
+}
+
+// Calls f(integral_constant-like<n>) for the n in [1, Max] that equals `value`.
+template <int N>
+struct Const {
+  static constexpr int value = N;
+};
+template <int Max, class F>
+FASTSEQ_INLINE void with_const(int value, const F& f) {
+  if constexpr (Max > 0) {
+    if (value == Max) {
+      f(Const<Max>{});
+    } else {
+      with_const<Max - 1>(value, f);
+    }
   }
 }
