@@ -42,7 +42,7 @@ class _FastCell:
             cell = self.cell_name
             settings = _op.settings_of(cell, len(weights) == 4)
             # A single step, all at once; None where it is anything but plain.
-            done = _op.eager.layer(settings, CELLS[cell].states, input, hx, weights, None)
+            done = _op.eager.layer(settings, CELLS[cell].states, input, hx, weights, None, 1, 0.0)
             if done is not None:
                 return done
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx

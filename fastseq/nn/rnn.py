@@ -122,17 +122,25 @@ class _FastLayer:
         return output, state
 
     def _run_eagerly(self, input, hx):
-        """The commonest calls, all at once: of one layer, in eager mode, on plain tensors that fit.
-        None for the others, which take a longer way to the same kernel or elsewhere."""
-        if self.num_layers != 1 or self.zoneout != NO_ZONEOUT:
+        """The commonest calls, all at once: in eager mode, on plain tensors that fit. None for the
+        others, which take a longer way to the same kernel or elsewhere."""
+        if self.zoneout != NO_ZONEOUT:
             return None
         weights = self._weights_now()
         if weights is None:
             return None
-        cell = self.cell_name
+        cell, layers = self.cell_name, self.num_layers
         settings = _op.settings_of(cell, self.bias, 1 + self.bidirectional, self.recompute)
-        weights = as_matrix(cell, weights, self.bias, settings.directions)
-        return _op.eager.layer(settings, CELLS[cell].states, input, hx, weights, self.batch_first)
+        weights = as_matrix(cell, weights, self.bias, layers * settings.directions)
+        states = CELLS[cell].states
+        dropout = self.dropout if self.training and layers > 1 else 0.0
+        if type(input) is not PackedSequence:
+            return _op.eager.layer(
+                settings, states, input, hx, weights, self.batch_first, layers, dropout
+            )
+        rows, *packing = input
+        done = _op.eager.layer(settings, states, rows, hx, weights, False, layers, dropout, *packing)
+        return done and (PackedSequence(done[0], *packing), done[1])
 
     cell_name: str
     """Of the cell, a key of fastseq.reference.rnn.CELLS."""

@@ -55,12 +55,17 @@ MODULES = {
     "lstm batch first, no bias": (nn.LSTM, {"batch_first": True, "bias": False}, True, False),
     "lstm projected": (nn.LSTM, {"proj_size": 3}, True, False),
     "lstm two layers, two sides": (nn.LSTM, {"num_layers": 2, "bidirectional": True}, True, False),
+    "lstm three layers, dropout": (nn.LSTM, {"num_layers": 3, "dropout": 0.4}, False, False),
     "lstm packed": (nn.LSTM, {"bidirectional": True}, False, True),
+    "lstm packed, projected, two layers": (
+        nn.LSTM, {"num_layers": 2, "proj_size": 3, "batch_first": True}, True, True
+    ),
+    "gru packed, without states": (nn.GRU, {"num_layers": 2}, False, True),
     "gru": (nn.GRU, {"bidirectional": True}, True, False),
     "rnn": (nn.RNN, {"nonlinearity": "relu"}, False, False),
     "zoneout": (nn.GRU, {"zoneout": 0.3}, False, False),
     "peephole": (nn.PeepholeLSTM, {}, True, False),
-    "layer norm": (nn.LayerNormLSTM, {"bidirectional": True}, False, False),
+    "layer norm": (nn.LayerNormLSTM, {"bidirectional": True, "num_layers": 2}, False, False),
 }
 
 
@@ -81,7 +86,11 @@ def run(name, dtype, recompute=False, create_graph=False):
         hx = [torch.randn(sides, B, w, dtype=dtype, requires_grad=True) for w in widths]
         leaves += hx
         hx = tuple(hx) if len(hx) == 2 else hx[0]
-    given = torch.nn.utils.rnn.pack_padded_sequence(x, [6, 4, 1]) if packed else x
+    given = x
+    if packed:
+        given = torch.nn.utils.rnn.pack_padded_sequence(
+            x, [4, 6, 1], batch_first=module.batch_first, enforce_sorted=False
+        )
     torch.manual_seed(6)
     y, state = module(given, hx)
     outputs = [y.data if packed else y, *(state if isinstance(state, tuple) else (state,))]
@@ -149,7 +158,7 @@ def test_cells_have_the_bits_of_the_registered_ops(cls, bias, monkeypatch):
 )
 def test_a_cells_call_that_does_not_fit_is_left(x, hx):
     cell = nn.GRUCell(4, 6)
-    assert op.eager.layer(SETTINGS, 1, x, hx, list(cell.parameters()), None) is None
+    assert op.eager.layer(SETTINGS, 1, x, hx, list(cell.parameters()), None, 1, 0.0) is None
 
 
 def counted(monkeypatch):
@@ -176,12 +185,13 @@ def test_modules_and_cells_go_through_it(monkeypatch):
     x = torch.randn(5, 3, 4)
     nn.LSTM(4, 6)(x)
     nn.GRU(4, 6, batch_first=True)(x, torch.randn(1, 5, 6))
-    assert taken == ["layer", "layer"]
-    nn.LSTM(4, 6, num_layers=2)(x)
-    assert taken[2:] == ["run", "run"]
+    nn.LSTM(4, 6, num_layers=2, dropout=0.5)(x)
+    nn.LSTM(4, 6, num_layers=2)(torch.nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]]))
     nn.LSTMCell(4, 6)(x[0])
     nn.GRUCell(4, 6)(x[0], torch.randn(3, 6))
-    assert taken[4:] == ["layer", "layer"]
+    assert taken == ["layer"] * 6
+    nn.GRU(4, 6, zoneout=0.1)(x)
+    assert taken[6:] == ["run"]
     assert not left
 
 
@@ -267,7 +277,7 @@ def test_transforms_and_tracing_are_left_too():
 )
 def test_what_does_not_fit_is_left_and_said_in_torchs_words(x, hx):
     ours, torchs = nn.GRU(4, 6), torch.nn.GRU(4, 6)
-    assert op.eager.layer(SETTINGS, 1, x, hx, list(ours.parameters()), False) is None
+    assert op.eager.layer(SETTINGS, 1, x, hx, list(ours.parameters()), False, 1, 0.0) is None
     ours.load_state_dict(torchs.state_dict())
     try:
         want = torchs(x, hx)
@@ -277,6 +287,44 @@ def test_what_does_not_fit_is_left_and_said_in_torchs_words(x, hx):
         assert str(caught.value) == str(error)
     else:
         assert ours(x, hx)[0].shape == want[0].shape
+
+
+ROWS, SIZES = torch.randn(5, 4), torch.tensor([2, 2, 1])
+PACKED = dict(x=ROWS, hx=None, sizes=SIZES, layers=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(x=torch.randn(5, 3)),
+        dict(x=torch.randn(5, 1, 4)),
+        dict(x=ROWS.bfloat16()),
+        dict(hx=torch.randn(1, 3, 6)),
+        dict(hx=torch.randn(2, 2, 6)),
+        dict(hx=torch.randn(2, 6)),
+        dict(sizes=SIZES.int()),
+        dict(sizes=SIZES[None]),
+        dict(sizes=SIZES[:0]),
+        dict(sizes=None),
+        dict(sizes=SIZES.to("meta")),
+        dict(layers=2),
+        dict(layers=0),
+        dict(layers=3),
+    ],
+)
+def test_packed_rows_that_do_not_fit_are_left(change):
+    def call(x, hx, sizes, layers):
+        weights = list(GRU.parameters())
+        return op.eager.layer(SETTINGS, 1, x, hx, weights, False, layers, 0.0, sizes, None, None)
+
+    assert call(**PACKED) is not None
+    assert call(**PACKED | dict(hx=torch.randn(1, 2, 6))) is not None
+    if change == dict(layers=2):
+        # (Four weights are two layers' without biases: of shapes that do not fit.)
+        with pytest.raises(RuntimeError, match="fastseq.recurrent_fwd: expected"):
+            call(**PACKED | change)
+    else:
+        assert call(**PACKED | change) is None
 
 
 def test_weights_that_do_not_fit_are_an_error_in_the_ops_words():
@@ -371,6 +419,6 @@ def test_no_reference_is_lost():
     before = [sys.getrefcount(o) for o in held]
     for _ in range(1000):
         module(x, hx)[0].sum().backward()
-        op.eager.layer(settings, 2, x, (1, 2), list(module.parameters()), False)
+        op.eager.layer(settings, 2, x, (1, 2), list(module.parameters()), False, 1, 0.0)
     after = [sys.getrefcount(o) for o in held]
     assert all(abs(a - b) < 100 for a, b in zip(after, before, strict=True)), (before, after)

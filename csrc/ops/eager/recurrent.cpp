@@ -6,6 +6,7 @@
 // version of torch and Python: a module of its own, loaded where both are what it was built for.
 // What is anything but plain CPU tensors in eager mode is refused, for the registered ops to run.
 // This module also reads torch's switches of precision for them.
+#include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
@@ -316,27 +317,72 @@ PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// Whether x [T, B, I] (or [B, T, I], or of a cell [B, I]), the states where they are given, and the
-// weights are what the kernels take.
-bool fit(const Settings& settings, const Inputs& in, bool stateful, bool two_states,
-         bool batch_first) {
+// What a module calls, beyond a layer's settings.
+struct Stack {
+  bool cell, batch_first, two_states;
+  int64_t layers;
+  double dropout;               // between layers, 0 where none is drawn
+  at::Tensor sorted, unsorted;  // of packed input: the order of its sequences and back, or undefined
+
+  // Packed input has batch_sizes in `s`.
+  bool packed(const Settings& s) const { return s.batch_sizes.defined(); }
+};
+
+// Whether x [T, B, I] (or [B, T, I], packed [N, I], or of a cell [B, I]), the states where they are
+// given, and the weights are what the kernels take.
+bool fit(const Settings& settings, const Stack& stack, const Inputs& in, bool stateful) {
+  const bool packed = stack.packed(settings);
+  if (!in.x.defined() || in.x.dim() != (stack.cell || packed ? 2 : 3)) return false;
+  const size_t n = in.weights.size();
+  if (n < 2 || stack.layers < 1 || n % size_t(stack.layers)) return false;
   const at::Tensor &x = in.x, &w_ih = in.weights[0], &w_hh = in.weights[1];
-  if (!x.defined() || (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble) ||
-      w_ih.dim() != 2 || w_hh.dim() != 2 || x.size(-1) != w_ih.size(1) ||
-      x.size(batch_first ? 1 : 0) == 0) {
-    return false;
-  }
   for (const at::Tensor& w : in.weights) {
     if (!w.defined() || w.scalar_type() != x.scalar_type()) return false;
   }
-  const int64_t B = x.size(batch_first ? 0 : -2);
-  const auto is_state = [&](const at::Tensor& t, int64_t width) {
-    return t.defined() && t.dim() == x.dim() && t.size(-1) == width && t.size(-2) == B &&
-           (t.dim() == 2 || t.size(0) == settings.directions) && t.scalar_type() == x.scalar_type();
-  };
+  if ((x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble) || w_ih.dim() != 2 ||
+      w_hh.dim() != 2 || x.size(-1) != w_ih.size(1)) {
+    return false;
+  }
+  const at::Tensor& sizes = settings.batch_sizes;
+  if (packed && (sizes.dim() != 1 || sizes.scalar_type() != at::kLong)) return false;
+  if (packed ? sizes.size(0) == 0 : x.size(stack.batch_first ? 1 : 0) == 0) return false;
   if (!stateful) return true;
+  const int64_t B = packed ? *sizes.const_data_ptr<int64_t>() : x.size(stack.batch_first ? 0 : -2);
+  const auto is_state = [&](const at::Tensor& t, int64_t width) {
+    return t.defined() && t.dim() == (stack.cell ? 2 : 3) && t.size(-1) == width &&
+           t.size(-2) == B && (stack.cell || t.size(0) == stack.layers * settings.directions) &&
+           t.scalar_type() == x.scalar_type();
+  };
   // (Every cell with two states has four gates.)
-  return is_state(in.h0, w_hh.size(1)) && (!two_states || is_state(in.c0, w_ih.size(0) / 4));
+  return is_state(in.h0, w_hh.size(1)) && (!stack.two_states || is_state(in.c0, w_ih.size(0) / 4));
+}
+
+// The order of a packed input's sequences, for states [L*D, B, ..] and back.
+void reorder(at::Tensor& state, const at::Tensor& order) {
+  if (state.defined() && order.defined()) state = state.index_select(1, order);
+}
+
+// Layer after layer: y (but of a cell), and the final states of all.
+variable_list run_stack(const Settings& settings, const Stack& stack, const Inputs& in) {
+  if (stack.layers == 1) return run_layer(settings, in);
+  const size_t per_layer = in.weights.size() / size_t(stack.layers);
+  Inputs now{in.x, {}, {}, {}};
+  variable_list finals[2];
+  for (int64_t i = 0; i < stack.layers; ++i) {
+    const auto of_layer = [&](const at::Tensor& states) {
+      const int64_t D = settings.directions;
+      return states.defined() ? states.narrow(0, i * D, D) : at::Tensor();
+    };
+    const auto first = in.weights.begin() + std::ptrdiff_t(size_t(i) * per_layer);
+    now = {now.x, of_layer(in.h0), of_layer(in.c0), {first, first + std::ptrdiff_t(per_layer)}};
+    const variable_list out = run_layer(settings, now);
+    now.x = out[0];
+    if (stack.dropout > 0 && i + 1 < stack.layers) now.x = at::dropout(now.x, stack.dropout, true);
+    for (int k = 0; k <= stack.two_states; ++k) finals[k].push_back(out[size_t(k) + 1]);
+  }
+  variable_list out{now.x};
+  for (int k = 0; k <= stack.two_states; ++k) out.push_back(at::cat(finals[k]));
+  return out;
 }
 
 PyObject* states_in_python(const at::Tensor* states, bool two) {
@@ -344,36 +390,54 @@ PyObject* states_in_python(const at::Tensor* states, bool two) {
   return PyTuple_Pack(2, object_of(states[0]).ptr(), object_of(states[1]).ptr());
 }
 
-// layer(settings, states, input, hx, weights, batch_first): what a module with one layer returns,
-// or, where batch_first is None, a cell; None where anything is not as it should be or not for
-// here.
+// layer(settings, states, input, hx, weights, batch_first, layers, dropout[, batch_sizes,
+// sorted_indices, unsorted_indices]): what a module returns of input, or of the rows of packed
+// input, or, where batch_first is None, a cell; None where anything is not as it should be or not
+// for here.
 PyObject* layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 6, "fastseq._eager.layer: expected 6 arguments, got ", count);
+  TORCH_CHECK_TYPE(count == 8 || count == 11,
+                   "fastseq._eager.layer: expected 8 or 11 arguments, got ", count);
   Taken taken;
   Settings settings;
-  const bool two = PyLong_AsLong(arguments[1]) == 2;
-  PyObject* hx = arguments[3];
-  if (!take(arguments[0], taken, settings)) {
+  PyObject *hx = arguments[3], *by_row = arguments[5];
+  Stack stack{by_row == Py_None,
+              by_row == Py_True,
+              PyLong_AsLong(arguments[1]) == 2,
+              PyLong_AsLongLong(arguments[6]),
+              PyFloat_AsDouble(arguments[7]),
+              {},
+              {}};
+  if (PyErr_Occurred() || !take(arguments[0], taken, settings)) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
-  const bool pair = hx != Py_None && two;
+  if (count == 11) {
+    settings.batch_sizes = taken(arguments[8]);
+    stack.sorted = taken(arguments[9]);
+    stack.unsorted = taken(arguments[10]);
+  }
+  const bool stateful = hx != Py_None, pair = stateful && stack.two_states;
   if (pair && !(PyTuple_Check(hx) && PyTuple_GET_SIZE(hx) == 2)) Py_RETURN_NONE;
   Inputs in{taken(arguments[2]), taken(pair ? PyTuple_GET_ITEM(hx, 0) : hx),
             taken(pair ? PyTuple_GET_ITEM(hx, 1) : Py_None), taken.all(arguments[4])};
-  const bool cell = arguments[5] == Py_None, batch_first = arguments[5] == Py_True;
-  if (!taken.plain() || in.weights.size() < 2 || !in.x.defined() || in.x.dim() != (cell ? 2 : 3) ||
-      !fit(settings, in, hx != Py_None, two, batch_first)) {
-    Py_RETURN_NONE;
+  if (!taken.plain() || !fit(settings, stack, in, stateful)) Py_RETURN_NONE;
+  if (stack.packed(settings) && !stateful) {
+    // Whose rows tell how many sequences there are.
+    const int64_t B = *settings.batch_sizes.const_data_ptr<int64_t>();
+    const int64_t cells = stack.layers * settings.directions;
+    in.h0 = at::zeros({cells, B, in.weights[1].size(1)}, in.x.options());
   }
-  if (batch_first) in.x = in.x.transpose(0, 1);
-  variable_list out = run_layer(settings, in);
-  if (cell) return states_in_python(out.data(), two);
-  if (batch_first) out[0] = out[0].transpose(0, 1);
+  reorder(in.h0, stack.sorted);
+  reorder(in.c0, stack.sorted);
+  if (stack.batch_first) in.x = in.x.transpose(0, 1);
+  variable_list out = run_stack(settings, stack, in);
+  if (stack.cell) return states_in_python(out.data(), stack.two_states);
+  if (stack.batch_first) out[0] = out[0].transpose(0, 1);
+  for (size_t i = 1; i < out.size(); ++i) reorder(out[i], stack.unsorted);
   PyObject* result = PyTuple_New(2);
   PyTuple_SET_ITEM(result, 0, in_python(out[0]));
-  PyTuple_SET_ITEM(result, 1, states_in_python(&out[1], two));
+  PyTuple_SET_ITEM(result, 1, states_in_python(&out[1], stack.two_states));
   return result;
   END_HANDLE_TH_ERRORS
 }
