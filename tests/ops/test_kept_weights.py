@@ -107,6 +107,18 @@ def test_a_change_is_seen(cls, bidirectional, change):
         assert_current(module)
 
 
+@pytest.mark.parametrize("apart", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256])
+def test_signs_changed_in_pairs(apart):
+    """A sign is the one bit that a product does not spread: two of them must not cancel."""
+    module = nn.LSTM(SIZE, SIZE)
+    assert_current(module)
+    for first in range(6):
+        module.weight_ih_l0.data.view(-1)[[first, first + apart]] *= -1
+        assert_current(module)
+        module.weight_hh_l0.data.view(-1)[[first, first + apart, first + 2 * apart]] *= -1
+        assert_current(module)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(dtype):
     module = nn.LSTM(SIZE, SIZE, dtype=dtype)

@@ -1,29 +1,32 @@
 // Packed weights kept from call to call, for as long as the weights hold what they held.
 
-// A number that other contents give with a chance of about 2^-64; that of one element changed
-// always differs: each step is a bijection of what came before and of what comes in.
-inline uint64_t mixed(uint64_t sum, uint64_t value) {
-  sum = (sum ^ value) * 0x9e3779b97f4a7c15u;
-  return sum << 32 | sum >> 32;
+// A number by which contents are told apart. That of one element changed always differs: each step
+// is a bijection of what came before and of what comes in. The product spreads a difference to
+// higher bits, but for that of the highest bit, a sign; what the shift makes of that, no other
+// signs undo.
+template <class Word>
+FASTSEQ_INLINE Word mixed(Word sum, Word value) {
+  sum = (sum ^ value) * uint64_t(0x9e3779b97f4a7c15u);
+  return sum ^ (sum >> 29);
 }
 template <class T>
 FASTSEQ_TILE uint64_t contents(const T* values, int64_t n) {
   using Words = Vec<uint64_t>;
   constexpr int kChains = 8;
   Words sum[kChains] = {};
-  auto mix = [](Words& s, Words value) {
-    s = (s ^ value) * uint64_t(0x9e3779b97f4a7c15u);
-    s = s << 32 | s >> 32;
-  };
   int64_t i = 0;
   for (; i + kChains * kLanes<T> <= n; i += kChains * kLanes<T>) {
 #pragma GCC unroll 8
-    for (int k = 0; k < kChains; ++k) mix(sum[k], (Words)load(values + i + k * kLanes<T>));
+    for (int k = 0; k < kChains; ++k) {
+      sum[k] = mixed(sum[k], (Words)load(values + i + k * kLanes<T>));
+    }
   }
-  for (; i < n; i += kLanes<T>) mix(sum[0], (Words)load(values + i, int(min64(kLanes<T>, n - i))));
+  for (; i < n; i += kLanes<T>) {
+    sum[0] = mixed(sum[0], (Words)load(values + i, int(min64(kLanes<T>, n - i))));
+  }
   uint64_t all = uint64_t(n);
   for (const Words& s : sum) {
-    for (int lane = 0; lane < kLanes<uint64_t>; ++lane) all = mixed(all, s[lane]);
+    for (int lane = 0; lane < kLanes<uint64_t>; ++lane) all = mixed<uint64_t>(all, s[lane]);
   }
   return all;
 }
