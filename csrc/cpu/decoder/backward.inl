@@ -26,6 +26,7 @@ struct DecoderBackwardLoop {
     int64_t b0, b1;
     int64_t together;  // steps whose gradients of x are made at once
     const T** from;
+    T** dx;  // of the same rows
     CellBackwardRow<Cell, T>* cells;
     T* dh;       // [L, rows, H]: into step t, of every path
     T* dout;     // [rows, H]
@@ -71,6 +72,7 @@ struct DecoderBackwardLoop {
       task.b1 = min64(task.b0 + rows, s.B);
       task.together = together(rows);
       task.from = memory.template take<const T*>(size_t(task.together * rows));
+      task.dx = memory.template take<T*>(size_t(task.together * rows));
       task.cells = memory.template take<CellBackwardRow<Cell, T>>(size_t(rows));
       task.dh = memory.template take<T>(size_t(s.L * rows * s.H));
       task.dout = memory.template take<T>(size_t(rows * s.H));
@@ -236,12 +238,16 @@ struct DecoderBackwardLoop {
   // dL/dx of the steps [t, end).
   void inputs(Task& task, int64_t t, int64_t end) {
     const int64_t rows = task.b1 - task.b0;
-    for (int64_t i = 0; i < (end - t) * rows; ++i) {
-      task.from[i] = dsums[0].at(t + i / rows, task.b0 + i % rows);
+    int64_t i = 0;
+    for (int64_t step = t; step < end; ++step) {
+      for (int64_t b = task.b0; b < task.b1; ++b, ++i) {
+        task.from[i] = dsums[0].at(step, b);
+        task.dx[i] = a.dx.at(step, b);
+      }
     }
     by_x[0].multiply((end - t) * rows, task.from,
-                     [&](int64_t i, int64_t column, Vec<T> sum, int lanes) {
-                       store(a.dx.at(t + i / rows, task.b0 + i % rows) + column, sum, lanes);
+                     [&](int64_t row, int64_t column, Vec<T> sum, int lanes) {
+                       store(task.dx[row] + column, sum, lanes);
                      });
   }
 

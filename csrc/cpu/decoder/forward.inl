@@ -4,12 +4,15 @@
 template <class Cell, class T>
 void sum_biases(const DecoderLayer<T>& layer, int64_t H, T* out) {
   constexpr int kGates = Cell::kGates, kApart = Cell::kApart;
-  for (int64_t i = 0; i < cell::kSums<Cell> * H; ++i) {
-    const bool own = i >= kGates * H, apart = i / H == kApart;
-    const int64_t row = own ? kApart * H + i % H : i;
-    out[i] = 0;
-    if (layer.b_ih && !own) out[i] += layer.b_ih[row];
-    if (layer.b_hh && !apart) out[i] += layer.b_hh[row];
+  for (int sum = 0; sum < cell::kSums<Cell>; ++sum) {
+    const bool own = sum >= kGates, apart = sum == kApart;
+    const int64_t first = (own ? kApart : sum) * H;
+    for (int64_t u = 0; u < H; ++u) {
+      T value = 0;
+      if (layer.b_ih && !own) value += layer.b_ih[first + u];
+      if (layer.b_hh && !apart) value += layer.b_hh[first + u];
+      *out++ = value;
+    }
   }
 }
 

@@ -34,13 +34,12 @@ struct Deferred {
       dw_rows[d] = const_cast<T**>(take(kGates * s.H));
       dw_hh_rows[d] = const_cast<T**>(take(kGates * s.H));
       dh0_rows[d] = const_cast<T**>(take(s.tokens));
-      for (int64_t i = 0; i < kGates * s.H; ++i) {
-        const int64_t row = Row::gate(int(i / s.H)) * s.H + i % s.H;
+      Row::each_row(s.H, 0, kGates * s.H, [&](int64_t i, int64_t row) {
         w_rows[d][i] = a.weights[d].w_ih + row * s.I;
-        if (!a.dw_hh[d]) continue;
+        if (!a.dw_hh[d]) return;
         dw_rows[d][i] = a.dw_ih[d] + row * s.I;
         dw_hh_rows[d][i] = a.dw_hh[d] + i * s.P;
-      }
+      });
     }
     for (int64_t t = 0; t < s.T; ++t) {
       for (int64_t b = 0; b < s.rows[t]; ++b) {

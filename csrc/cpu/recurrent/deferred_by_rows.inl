@@ -123,12 +123,12 @@ struct DeferredByRows {
     T* out = packed + task * packed_size();
     for (int64_t n = 0; loop.a.dx.base && n < s.I; n += kPanel<T>) {
       const int cols = int(min64(kPanel<T>, s.I - n));
-      for (int64_t k = 0; k < gates; ++k) {
-        const T* w = loop.a.weights[0].w_ih + (Row::gate(int(k / s.H)) * s.H + k % s.H) * s.I + n;
+      Row::each_row(s.H, 0, gates, [&](int64_t, int64_t row) {
+        const T* w = loop.a.weights[0].w_ih + row * s.I + n;
         for (int v = 0; v * kLanes<T> < cols; ++v, out += kLanes<T>) {
           store(out, load(w + v * kLanes<T>, cols - v * kLanes<T>));
         }
-      }
+      });
     }
   }
 
@@ -150,11 +150,13 @@ struct DeferredByRows {
     const RecurrentBackward<T>& a = loop.a;
     if (!a.dw_hh[0]) return;
     for (int64_t n = n0; n < n1; n += kLanes<T>) {
-      transposed(0, n, s.I, [&](int64_t gate, int64_t m) {
-        return a.dw_ih[0] + (Row::gate(int(gate / s.H)) * s.H + gate % s.H) * s.I + m;
-      });
-      transposed(s.I * ld, n, s.P,
-                 [&](int64_t gate, int64_t m) { return a.dw_hh[0] + gate * s.P + m; });
+      const int64_t end = min64(n + kLanes<T>, gates);
+      T* to[kLanes<T>];
+      Row::each_row(s.H, n, end,
+                    [&](int64_t i, int64_t row) { to[i - n] = a.dw_ih[0] + row * s.I; });
+      transposed(0, n, end, s.I, to);
+      for (int64_t i = n; i < end; ++i) to[i - n] = a.dw_hh[0] + i * s.P;
+      transposed(s.I * ld, n, end, s.P, to);
     }
   }
   void finish_sums() const {
@@ -220,9 +222,9 @@ struct DeferredByRows {
     return leaf_sum(total + at, branch + at, size, leaves, lanes);
   }
 
-  // M rows of the matrix at `at`, of the columns from n on: column by column to to(column, m).
-  template <class To>
-  __attribute__((noinline)) void transposed(int64_t at, int64_t n, int64_t M, const To& to) const {
+  // M rows of the matrix at `at`, of the columns [n, end): column n + j to to[j].
+  __attribute__((noinline)) void transposed(int64_t at, int64_t n, int64_t end, int64_t M,
+                                            T* const* to) const {
     for (int64_t m = 0; m < M; m += kLanes<T>) {
       const int rows = int(min64(kLanes<T>, M - m));
       Square<T> square;
@@ -231,9 +233,7 @@ struct DeferredByRows {
         square.row[i] = i < rows ? of_leaves(at + (m + i) * ld + n) : Vec<T>{};
       }
       square.transpose();
-      for (int64_t j = 0; j < min64(kLanes<T>, gates - n); ++j) {
-        store(to(n + j, m), square.row[j], rows);
-      }
+      for (int64_t j = 0; j < end - n; ++j) store(to[j] + m, square.row[j], rows);
     }
   }
 };

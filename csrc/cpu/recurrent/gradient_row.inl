@@ -13,4 +13,18 @@ struct GradientRow {
   static constexpr int kRecurrent = kHalves ? L::kGates : L::kApart < 0 ? 0 : 1;
   // The gate whose input sum is block i.
   static constexpr int gate(int i) { return L::kApart < 0 ? i : i == 0 ? L::kApart : i - 1; }
+  // f(i, row): to which row of W_ih the i-th input sum belongs, for all i in [begin, end). (A
+  // division an i would take longer than most of what is done with the row.)
+  template <class F>
+  static FASTSEQ_INLINE void each_row(int64_t H, int64_t begin, int64_t end, const F& f) {
+    int block = int(begin / H);
+    int64_t unit = begin % H;
+    for (int64_t i = begin; i < end; ++i) {
+      f(i, gate(block) * H + unit);
+      if (++unit == H) {
+        unit = 0;
+        ++block;
+      }
+    }
+  }
 };

@@ -17,7 +17,7 @@ void one_step_backward(const RecurrentBackward<T>& a, const Threads& threads) {
                              nullptr,
                              nullptr,
                              a.dh0 != nullptr};
-  constexpr int64_t kWorthSharing = int64_t(1) << 14;
+  constexpr int64_t kWorthSharing = int64_t(1) << 12;
   const int64_t each = states < kWorthSharing ? 1 : ceil_div(threads.count, s.D);
   const int64_t chunk = ceil_div(s.B, each);
   const Plan plan{false, int(ceil_div(s.B, chunk)), chunk};
