@@ -139,7 +139,9 @@ class _FastLayer:
                 settings, states, input, hx, weights, self.batch_first, layers, dropout
             )
         rows, *packing = input
-        done = _op.eager.layer(settings, states, rows, hx, weights, False, layers, dropout, *packing)
+        done = _op.eager.layer(
+            settings, states, rows, hx, weights, False, layers, dropout, *packing
+        )
         return done and (PackedSequence(done[0], *packing), done[1])
 
     cell_name: str

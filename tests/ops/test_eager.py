@@ -58,7 +58,10 @@ MODULES = {
     "lstm three layers, dropout": (nn.LSTM, {"num_layers": 3, "dropout": 0.4}, False, False),
     "lstm packed": (nn.LSTM, {"bidirectional": True}, False, True),
     "lstm packed, projected, two layers": (
-        nn.LSTM, {"num_layers": 2, "proj_size": 3, "batch_first": True}, True, True
+        nn.LSTM,
+        {"num_layers": 2, "proj_size": 3, "batch_first": True},
+        True,
+        True,
     ),
     "gru packed, without states": (nn.GRU, {"num_layers": 2}, False, True),
     "gru": (nn.GRU, {"bidirectional": True}, True, False),
