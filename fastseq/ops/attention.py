@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastseq import _native
 from fastseq.kernels import attention as kernels
-from fastseq.ops import attention_plain
+from fastseq.ops import attention_plain, by_reference
 from fastseq.reference import scores
 
 __all__ = ["KERNELS", "additive_attention", "dot_attention", "plain_because"]
@@ -133,9 +133,16 @@ def _differentiable(score: str, reference):
             nothing = (None, None, None)
             if d_context is None and d_weights is None:
                 return (*[None] * len(tensors), *nothing)
-            if torch.is_grad_enabled():
+            if by_reference.wanted(d_context, d_weights):
+
+                def outputs(query, keys, values, *rest):
+                    more = dict(zip(("v", "extra"), rest, strict=False))
+                    return reference(
+                        query, keys, values, **more, mask=mask, lengths=lengths, scale=ctx.scale
+                    )
+
                 cotangents = (d_context, d_weights)
-                return (*twice(tensors, mask, lengths, ctx.scale, cotangents, need), *nothing)
+                return *by_reference.gradients(outputs, tensors, need, cotangents), *nothing
             need_scores = any(need[i] for i in range(len(tensors)) if i != 2)
             grads = bwd(
                 d_context, d_weights, *tensors, lengths, weights, ctx.scale, need_scores, need[2]
@@ -143,24 +150,6 @@ def _differentiable(score: str, reference):
             if additive:
                 grads = (*grads, grads[1])
             return (*(g if n else None for g, n in zip(grads, need, strict=False)), *nothing)
-
-    def twice(tensors, mask, lengths, scale, cotangents, need):
-        """The same gradients, themselves differentiable: by autograd through the reference."""
-        # Views of their own: gradients must stop at this call's inputs, which may share a past.
-        inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in tensors]
-        more = {"extra": inputs[4]} if additive else {}
-        outputs = reference(*inputs[:4], **more, mask=mask, lengths=lengths, scale=scale)
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
-        wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and need[i]]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            [inputs[i] for i in wanted],
-            [c for _, c in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-        grads = dict(zip(wanted, found, strict=True))
-        return [grads.get(i) for i in range(len(inputs))]
 
     # Function.apply less its search for torch.func transforms: under one, the reference runs.
     apply = super(torch.autograd.Function, Attention).apply

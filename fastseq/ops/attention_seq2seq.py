@@ -17,11 +17,13 @@ these do.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from fastseq import _native
-from fastseq.ops import decoder_cuda
+from fastseq.ops import by_reference, decoder_cuda
 from fastseq.ops.recurrent import CELLS
 from fastseq.reference.decoder import attention_decoder as _reference_decoder
 from fastseq.reference.rnn import lstm as _reference_lstm
@@ -114,9 +116,11 @@ class _Seq2Seq(torch.autograd.Function):
     def backward(ctx, dlogits):
         src, *rest = ctx.saved_tensors
         kept, parameters = rest[:_KEPT], rest[_KEPT:]
-        if torch.is_grad_enabled():
-            need = ctx.needs_input_grad[3:]
-            return None, None, None, *_twice(src, kept[_FED], parameters, dlogits, need)
+        if by_reference.wanted(dlogits):
+            reference = functools.partial(_by_reference, src, kept[_FED])
+            need, cotangents = ctx.needs_input_grad[3:], [dlogits[:, 1:]]
+            grads = by_reference.gradients(reference, parameters, need, cotangents)
+            return None, None, None, *grads
         with torch._C._AutoDispatchBelowAutograd():
             grads = attention_seq2seq_bwd(_LSTM.number, dlogits, src, kept, parameters)
         # Parameters that want none are sent theirs all the same: autograd drops it.
@@ -127,11 +131,9 @@ _apply = super(torch.autograd.Function, _Seq2Seq).apply
 _KEPT, _FED = 10, 6
 
 
-def _twice(src, fed, parameters, dlogits, need):
-    """The same gradients, themselves differentiable: by autograd through the references."""
-    # Views of their own: gradients must stop at this call's inputs, which may share a past.
-    inputs = [t.view_as(t) if needed else t for t, needed in zip(parameters, need, strict=True)]
-    source_table, encoder, rest = inputs[0], inputs[1:5], inputs[5:]
+def _by_reference(src, fed, source_table, *parameters):
+    """Logits of all positions but the first."""
+    encoder, rest = parameters[:4], parameters[4:]
     table, attention, bias, v, *decoder, w_out, b_out = rest
     H = v.shape[1]
     embedded = torch.nn.functional.embedding(src, source_table)
@@ -140,15 +142,7 @@ def _twice(src, fed, parameters, dlogits, need):
         fed, tuple(states), values @ attention[:, H:].T + bias, values, decoder,
         query_weight=attention[:, :H], v=v[0], embedding=table,
     )[0]  # fmt: skip
-    found = torch.autograd.grad(
-        features @ w_out.T + b_out,
-        [t for t, needed in zip(inputs, need, strict=True) if needed],
-        dlogits[:, 1:],
-        create_graph=True,
-        allow_unused=True,
-    )
-    grads = iter(found)
-    return [next(grads) if needed else None for needed in need]
+    return (features @ w_out.T + b_out,)
 
 
 def _fwd_fake(cell, src, trg, forced, parameters, save):

@@ -14,13 +14,14 @@ those of ``weights``, w_q, w_c and b_c, as far as there are any].
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastseq import _native
-from fastseq.ops import decoder_cuda
+from fastseq.ops import by_reference, decoder_cuda
 from fastseq.ops.recurrent import CELLS
 from fastseq.reference.decoder import attention_decoder as _reference
 
@@ -105,8 +106,10 @@ class _Decoder(torch.autograd.Function):
         cotangents = (dfeatures, dweights, dh_n, *([dc_n] if c0 is not None else []))
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * (1 + len(tensors))
-        if torch.is_grad_enabled():
-            return None, *_twice(settings, tensors, fed, cotangents, ctx.needs_input_grad[1:])
+        if by_reference.wanted(*cotangents):
+            reference = functools.partial(_by_reference, settings, fed)
+            need = ctx.needs_input_grad[1:]
+            return None, *by_reference.gradients(reference, tensors, need, cotangents)
         need_keys = need["keys"] or need["v"]
         need_weights = any(need_each) or need["w_q"] or need["w_c"] or need["b_c"]
         need_dx = need["x"] or need["table"]
@@ -162,11 +165,8 @@ class _Decoder(torch.autograd.Function):
         return None, *(out.get(name) if need[name] else None for name in _TENSORS), *each
 
 
-def _twice(settings, tensors, fed, cotangents, need):
-    """The same gradients, themselves differentiable: by autograd through the reference."""
-    # Views of their own: gradients must stop at this call's inputs, which may share a past.
-    inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in tensors]
-    x, table, h0, c0, keys, values, w_q, v, w_c, b_c, feed0, *weights = inputs
+def _by_reference(settings, fed, x, table, h0, c0, keys, values, w_q, v, w_c, b_c, feed0, *weights):
+    """Features, weights and final states."""
     features, states, attended, _ = _reference(
         x if fed is None else fed[:, : settings.tokens.shape[1]],
         (h0,) if c0 is None else (h0, c0),
@@ -186,18 +186,7 @@ def _twice(settings, tensors, fed, cotangents, need):
         embedding=table,
         input_factor=settings.x_factor,
     )
-    outputs = (features, attended, *states)
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
-    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and need[i]]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs],
-        [inputs[i] for i in wanted],
-        [c for _, c in pairs],
-        create_graph=True,
-        allow_unused=True,
-    )
-    grads = dict(zip(wanted, found, strict=True))
-    return [grads.get(i) for i in range(len(inputs))]
+    return features, attended, *states
 
 
 # Function.apply less its search for torch.func transforms: under one, the reference runs.

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastseq.ops import by_reference
 from fastseq.reference.loss import linear_cross_entropy as _reference
 
 __all__ = ["linear_cross_entropy_bwd", "linear_cross_entropy_fwd", "loss_of"]
@@ -271,8 +272,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *inputs, scale, dhidden, dweight, dbias = ctx.saved_tensors
         if dloss is None:
             return (None,) * 11
-        if torch.is_grad_enabled():
-            return *_backward_twice(inputs, ctx.options, dloss, needs), *(None,) * 8
+        if by_reference.wanted(dloss):
+
+            def loss(*leaves):
+                return (_reference(*leaves, *inputs[3:], *ctx.options).to(dloss.dtype),)
+
+            return *by_reference.gradients(loss, inputs[:3], needs, [dloss]), *(None,) * 8
         ignore_index, smoothing, reduction = ctx.options
         if reduction == "none":
             grads = linear_cross_entropy_bwd(dloss, *inputs, ignore_index, smoothing, *needs)
@@ -306,22 +311,6 @@ def loss_of(*inputs) -> Tensor:
     if wanted and torch._C._functorch.peek_interpreter_stack() is None:
         return _Loss.apply(*inputs)
     return linear_cross_entropy_fwd(*inputs)[0]
-
-
-def _backward_twice(inputs, options, dloss, needs):
-    """The same gradients, themselves differentiable: by autograd through the reference."""
-    # Views of their own: gradients must stop at this call's inputs, which may share a past.
-    leaves = [t.view_as(t) if needed else t for t, needed in zip(inputs[:3], needs, strict=True)]
-    loss = _reference(*leaves, *inputs[3:], *options).to(dloss.dtype)
-    found = iter(
-        torch.autograd.grad(
-            loss,
-            [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed],
-            dloss,
-            create_graph=True,
-        )
-    )
-    return [next(found) if needed else None for needed in needs]
 
 
 def _fwd_autograd(*inputs):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
-from fastseq.ops import recurrent_cuda
+from fastseq.ops import by_reference, recurrent_cuda
 from fastseq.reference.rnn import CELLS as _CELLS
 from fastseq.reference.rnn import layer
 
@@ -197,15 +197,15 @@ class _Recurrent(torch.autograd.Function):
     def backward(ctx, dy, dh_n=None, dc_n=None):
         settings = ctx.settings
         saved, x, h0, c0, *weights = ctx.saved_tensors
-        if _is_step(x, settings.batch_sizes):
-            dy, dh_n, dc_n = None, dy, dh_n
         _, need_dx, need_h0, need_c0, *need = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * (4 + len(weights))
-        if torch.is_grad_enabled():
-            return None, *_backward_twice(
+        if by_reference.wanted(dy, dh_n, dc_n):
+            return None, *_gradients_by_reference(
                 settings, ctx.needs_input_grad[1:], (x, h0, c0, *weights), (dy, dh_n, dc_n)
             )
+        if _is_step(x, settings.batch_sizes):
+            dy, dh_n, dc_n = None, dy, dh_n
         if saved is None:
             saved = _run_forward(settings, x, h0, c0, weights, save=True)[-1]
         cell, has_biases, directions, *rest, _ = settings
@@ -256,16 +256,11 @@ def _fwd_autograd(cell, x, h0, c0, weights, has_biases, directions, *rest):
         return recurrent_fwd(cell, x, h0, c0, weights, has_biases, directions, *rest, save)
 
 
-def _backward_twice(settings, need, inputs, cotangents):
-    """The same gradients, themselves differentiable: by autograd through the reference."""
-    # Views of their own: gradients must stop at this call's inputs, which may share a past.
-    inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
-    x, h0, c0, *weights = inputs
+def _by_reference(settings, x, h0, c0, *weights):
+    """y (unless x is [B, I]) and the final states."""
     step = _is_step(x, settings.batch_sizes)
     if step:
-        x, h0, c0, *cotangents = (
-            t if t is None else t.unsqueeze(0) for t in (x, h0, c0, *cotangents)
-        )
+        x, h0, c0 = (t if t is None else t.unsqueeze(0) for t in (x, h0, c0))
     kind, D = _BY_NUMBER[settings.cell], settings.directions
     P, H = weights[1].shape[1], weights[0].shape[0] // kind.gates
     rows = x.shape[1] if settings.batch_sizes is None else h0.shape[1]
@@ -276,7 +271,7 @@ def _backward_twice(settings, need, inputs, cotangents):
     per, extras = len(weights) // D, _CELLS[kind.reference].extras
     sides = []
     for d in range(D):
-        side = weights[d * per : (d + 1) * per]
+        side = list(weights[d * per : (d + 1) * per])
         if not settings.has_biases:
             side[2:2] = [None, None]
         if len(extras) > 1:
@@ -298,25 +293,19 @@ def _backward_twice(settings, need, inputs, cotangents):
             )
         )
     y, *finals = zip(*sides, strict=True)
-    outputs = (torch.cat(y, -1), *(torch.stack(states) for states in finals))
-    pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=False) if g is not None]
-    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and need[i]]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs],
-        [inputs[i] for i in wanted],
-        [g for _, g in pairs],
-        create_graph=True,
-        allow_unused=True,
-    )
-    grads = [None] * len(inputs)
-    for i, grad in zip(wanted, found, strict=True):
-        grads[i] = grad
-    return grads
+    if step:
+        return [states[0] for states in finals]
+    return torch.cat(y, -1), *(torch.stack(states) for states in finals)
+
+
+def _gradients_by_reference(settings, need, inputs, cotangents):
+    reference = functools.partial(_by_reference, Settings(*settings))
+    return by_reference.gradients(reference, inputs, need, cotangents)
 
 
 eager = _native.eager
 if eager is not None:
-    eager.on_double_backward(lambda settings, *rest: _backward_twice(Settings(*settings), *rest))
+    eager.on_backward_by_reference(_gradients_by_reference)
 if _native.loaded():
     recurrent_fwd = torch.ops.fastseq.recurrent_fwd.default
     recurrent_bwd = torch.ops.fastseq.recurrent_bwd.default

@@ -405,9 +405,12 @@ def test_checkpoints_and_anomaly_mode():
             assert torch.equal(torch.autograd.grad(y.sum(), [x])[0], want)
 
 
-def test_the_profiler_sees_both_passes():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_profiler_sees_both_passes(autocast):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        graph()[2][0].sum().backward()
+        y = graph()[2][0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y.backward(torch.ones_like(y))
     names = {event.key for event in seen.key_averages()}
     assert {"fastseq::recurrent_fwd", "fastseq::recurrent_bwd"} <= names
 

@@ -73,8 +73,16 @@ py::object object_of(const at::Tensor& t) {
   return py::reinterpret_steal<py::object>(in_python(t));
 }
 
-// fastseq.ops.recurrent's gradients that are themselves differentiable.
-PyObject* backward_twice = nullptr;
+// Whether autograd and the CPU are all that the dispatcher would find by these keys.
+bool only_plain(c10::DispatchKeySet keys) {
+  constexpr c10::DispatchKeySet kPlain =
+      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                           c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect});
+  return (keys.raw_repr() & ~kPlain.raw_repr()) == 0;
+}
+
+// fastseq.ops.recurrent's gradients by autograd through the reference.
+PyObject* backward_by_reference = nullptr;
 
 // What autograd keeps of a call, and how it is laid out in the context's saved variables.
 struct Kept {
@@ -142,11 +150,19 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
     // dy, which a single step has none of, dh_n, dc_n.
     variable_list given(3);
     const bool one_step = in.x.dim() == 2 && !s.batch_sizes.defined();
-    std::copy(cotangents.begin(), cotangents.end(), given.begin() + one_step);
+    bool plain = true;
+    for (size_t i = 0; i < cotangents.size(); ++i) {
+      if (!cotangents[i].defined()) continue;
+      at::Tensor& t = given[i + one_step] = cotangents[i].resolve_neg();
+      // (Every tensor has the key of autocast, in force or not.)
+      plain = plain && only_plain(t.key_set() - c10::autocast_dispatch_keyset) &&
+              !torch::autograd::isFwGradDefined(t);
+    }
 
     variable_list out(2);  // of settings and inputs: none
-    if (at::GradMode::is_enabled()) {
-      const variable_list found = differentiable(s, in, {need_dx, need_h0, need_c0}, need, given);
+    if (at::GradMode::is_enabled() || !plain) {
+      const variable_list found =
+          by_reference(s, in, {need_dx, need_h0, need_c0}, need, cotangents);
       out.push_back(found[0]);
       for (size_t i : {1, 2}) {
         if ((i == 1 ? in.h0 : in.c0).defined()) out.push_back(found[i]);
@@ -187,10 +203,10 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
     return out;
   }
 
-  static variable_list differentiable(const Settings& s, const Inputs& in,
-                                      std::initializer_list<bool> need_states,
-                                      const std::vector<bool>& need_weights,
-                                      const variable_list& cotangents) {
+  static variable_list by_reference(const Settings& s, const Inputs& in,
+                                    std::initializer_list<bool> need_states,
+                                    const std::vector<bool>& need_weights,
+                                    const variable_list& cotangents) {
     const py::gil_scoped_acquire gil;
     const auto listed = [](const std::vector<at::Tensor>& tensors) {
       py::list out;
@@ -205,8 +221,8 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
         py::make_tuple(s.cell, s.has_biases, s.directions, object_of(s.batch_sizes),
                        object_of(s.lengths), object_of(s.resets), py::tuple(listed(s.masks)));
     const auto arguments = py::make_tuple(settings, need, inputs, listed(cotangents));
-    const auto found =
-        py::reinterpret_steal<py::list>(PyObject_CallObject(backward_twice, arguments.ptr()));
+    const auto found = py::reinterpret_steal<py::list>(
+        PyObject_CallObject(backward_by_reference, arguments.ptr()));
     if (!found) {
       python_error error;
       error.persist();
@@ -246,15 +262,10 @@ class Taken {
       out.push_back((*this)(PySequence_Fast_GET_ITEM(sequence, i)));
     return out;
   }
-  // Whether autograd and the CPU are all that the dispatcher would find for them: no subclass, no
-  // mode, no transform, no tracing, no autocast.
+  // No subclass, no mode, no transform, no tracing, no autocast.
   bool plain() const {
-    constexpr c10::DispatchKeySet kPlain =
-        c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                             c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect});
     const auto local = c10::impl::tls_local_dispatch_key_set();
-    const c10::DispatchKeySet met = (keys_ | local.included_) - local.excluded_;
-    return plain_ && !dual_ && (met.raw_repr() & ~kPlain.raw_repr()) == 0 &&
+    return plain_ && !dual_ && only_plain((keys_ | local.included_) - local.excluded_) &&
            !at::impl::torch_function_mode_enabled();
   }
 
@@ -322,7 +333,7 @@ struct Stack {
   bool cell, batch_first, two_states;
   int64_t layers;
   double dropout;               // between layers, 0 where none is drawn
-  at::Tensor sorted, unsorted;  // of packed input: the order of its sequences and back, or undefined
+  at::Tensor sorted, unsorted;  // of packed input: its sequences' order and back, or undefined
 
   // Packed input has batch_sizes in `s`.
   bool packed(const Settings& s) const { return s.batch_sizes.defined(); }
@@ -442,9 +453,9 @@ PyObject* layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* on_double_backward(PyObject*, PyObject* function) {
+PyObject* on_backward_by_reference(PyObject*, PyObject* function) {
   Py_INCREF(function);
-  Py_XSETREF(backward_twice, function);
+  Py_XSETREF(backward_by_reference, function);
   Py_RETURN_NONE;
 }
 
@@ -455,7 +466,7 @@ PyCFunction fast_call(F f) {
 
 PyMethodDef methods[] = {{"run", fast_call(&run), METH_FASTCALL, nullptr},
                          {"layer", fast_call(&layer), METH_FASTCALL, nullptr},
-                         {"on_double_backward", &on_double_backward, METH_O, nullptr},
+                         {"on_backward_by_reference", &on_backward_by_reference, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "fastseq._eager",
