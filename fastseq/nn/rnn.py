@@ -194,7 +194,7 @@ class _FastLayer:
             return True
         kind = CELLS[self.cell_name]
         states = (hx,) if kind.states == 1 else hx
-        if not isinstance(states, tuple) or len(states) != kind.states:
+        if not isinstance(states, (tuple, list)) or len(states) != kind.states:
             return False
         if batch_sizes is not None:
             batch = int(batch_sizes[0])
@@ -224,7 +224,7 @@ def _with_batch(hx):
     """[L*D, H] states as [L*D, 1, H]; anything else as it is, to be refused."""
     if isinstance(hx, Tensor) and hx.dim() == 2:
         return hx.unsqueeze(1)
-    if isinstance(hx, tuple) and all(isinstance(t, Tensor) and t.dim() == 2 for t in hx):
+    if isinstance(hx, (tuple, list)) and all(isinstance(t, Tensor) and t.dim() == 2 for t in hx):
         return tuple(t.unsqueeze(1) for t in hx)
     return None if hx is None else False
 

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from fastseq import nn
+from fastseq import backends, nn
 from fastseq.testing import assert_close_to_reference, assert_matches, edge_sizes
 
 CELLS = {
@@ -58,6 +58,20 @@ def check(name, B, I, H, *, hx=True, bias=True, dtype=torch.float32):  # noqa: E
 def test_values_and_gradients(name, B, dtype):
     for hx in (True, False):
         check(name, B, 4, 9, hx=hx, bias=hx, dtype=dtype)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "by stack"])
+@pytest.mark.parametrize("rows", [(), (4,)], ids=["unbatched", "rows"])
+def test_states_may_come_as_a_list(rows, direct, monkeypatch):
+    if not direct:
+        monkeypatch.setattr(backends, "eager_calls_allowed", lambda: False)
+    ours, theirs = twins("lstm", 5, 6)
+    x, states = torch.randn(*rows, 5), [torch.randn(*rows, 6) for _ in range(2)]
+    expected, pair = theirs(x, states), ours(x, tuple(states))
+    monkeypatch.setattr(torch.nn.LSTMCell, "forward", None)
+    found = ours(x, states)
+    assert type(found) is type(expected)
+    assert all(map(torch.equal, found, pair))
 
 
 @every_cell

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
-from fastseq import nn
+from fastseq import backends, nn
 from fastseq.reference import rnn
 from fastseq.testing import (
     assert_close_to_reference,
@@ -256,6 +256,26 @@ def test_packed_one_element_sequences():
     exact = copy.deepcopy(theirs).double()
     expected = exact(input._replace(data=input.data.double()))[0].data
     assert_close_to_reference(ours(input)[0].data, expected, theirs(input)[0].data)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "by stack"])
+@pytest.mark.parametrize("form", ["rows", "unbatched", "packed"])
+def test_states_may_come_as_a_list(form, direct, monkeypatch):
+    """torch takes one, and gives a pair."""
+    if not direct:
+        monkeypatch.setattr(backends, "eager_calls_allowed", lambda: False)
+    ours, theirs = twins(5, 6)
+    rows = () if form == "unbatched" else (4,)
+    x = packed(enforce_sorted=False) if form == "packed" else torch.randn(7, *rows, 5)
+    states = [torch.randn(1, *rows, 6) for _ in range(2)]
+    expected, pair = theirs(x, states), ours(x, tuple(states))
+    monkeypatch.setattr(torch.nn.LSTM, "forward", None)
+    found = ours(x, states)
+    data = [out[0].data if form == "packed" else out[0] for out in (found, pair, expected)]
+    assert torch.equal(data[0], data[1])
+    torch.testing.assert_close(data[0], data[2])
+    assert type(found[1]) is type(expected[1])
+    assert all(map(torch.equal, found[1], pair[1]))
 
 
 def test_proj_size_is_torchs_answer():

@@ -192,9 +192,11 @@ def test_modules_and_cells_go_through_it(monkeypatch):
     nn.LSTM(4, 6, num_layers=2)(torch.nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]]))
     nn.LSTMCell(4, 6)(x[0])
     nn.GRUCell(4, 6)(x[0], torch.randn(3, 6))
-    assert taken == ["layer"] * 6
+    nn.LSTM(4, 6)(x, [torch.randn(1, 3, 6), torch.randn(1, 3, 6)])
+    nn.LSTMCell(4, 6)(x[0], [torch.randn(3, 6), torch.randn(3, 6)])
+    assert taken == ["layer"] * 8
     nn.GRU(4, 6, zoneout=0.1)(x)
-    assert taken[6:] == ["run"]
+    assert taken[8:] == ["run"]
     assert not left
 
 

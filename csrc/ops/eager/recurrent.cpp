@@ -429,9 +429,11 @@ PyObject* layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     stack.unsorted = taken(arguments[10]);
   }
   const bool stateful = hx != Py_None, pair = stateful && stack.two_states;
-  if (pair && !(PyTuple_Check(hx) && PyTuple_GET_SIZE(hx) == 2)) Py_RETURN_NONE;
-  Inputs in{taken(arguments[2]), taken(pair ? PyTuple_GET_ITEM(hx, 0) : hx),
-            taken(pair ? PyTuple_GET_ITEM(hx, 1) : Py_None), taken.all(arguments[4])};
+  if (pair && !((PyTuple_Check(hx) || PyList_Check(hx)) && PySequence_Fast_GET_SIZE(hx) == 2)) {
+    Py_RETURN_NONE;
+  }
+  Inputs in{taken(arguments[2]), taken(pair ? PySequence_Fast_GET_ITEM(hx, 0) : hx),
+            taken(pair ? PySequence_Fast_GET_ITEM(hx, 1) : Py_None), taken.all(arguments[4])};
   if (!taken.plain() || !fit(settings, stack, in, stateful)) Py_RETURN_NONE;
   if (stack.packed(settings) && !stateful) {
     // Whose rows tell how many sequences there are.
