@@ -241,8 +241,9 @@ struct BackwardLoop {
       int64_t b = 0;
       for (int64_t i = 0; i < tiles; ++i) {
         const int rows = int((count * (i + 1)) / tiles - (count * i) / tiles);
-        bool any = false;
-        for (int m = 0; m < rows; ++m) any = any || task.from[b + m] != zero;
+        int flowing = 0;
+        for (int m = 0; m < rows; ++m) flowing += task.from[b + m] != zero;
+        const bool any = flowing > 0;
         if (!tiled) product.sums(p, int(n), rows, task.from + b, any, int(i), odd, sums);
         if constexpr (kTiled<T>) {
           if (tiled) {
@@ -253,6 +254,11 @@ struct BackwardLoop {
         auto sum = [&](int m, int j) {
           return sums + (((j / wide) * rows + m) * wide + j % wide) * kLanes<T>;
         };
+        // Where nothing flows there is nothing, whatever the weights: zero times NaN is not zero.
+        for (int m = 0; any && flowing < rows && m < rows; ++m) {
+          if (task.from[b + m] != zero) continue;
+          for (int j = 0; j < int(n) * wide; ++j) store(sum(m, j), Vec<T>{});
+        }
         const BackwardRow<T>* row = task.rows + b;
         if (!initial && !in_two_phases()) {
           finish_tile(row, rows, unit, int(n) * wide, a.weights[d].params, true, sum);

@@ -156,8 +156,8 @@ template <class T, int N>
 FASTSEQ_INLINE Several<T, N> relu(const Several<T, N>& x) {
   return Several<T, N>::each([&](int i) { return x.part[i] <= Vec<T>{} ? Vec<T>{} : x.part[i]; });
 }
-// d where x > 0, else 0.
+// d where x is positive or NaN, else 0: as torch's gradient.
 template <class T, int N>
 FASTSEQ_INLINE Several<T, N> where_positive(const Several<T, N>& x, const Several<T, N>& d) {
-  return Several<T, N>::each([&](int i) { return x.part[i] > Vec<T>{} ? d.part[i] : Vec<T>{}; });
+  return Several<T, N>::each([&](int i) { return x.part[i] <= Vec<T>{} ? Vec<T>{} : d.part[i]; });
 }
