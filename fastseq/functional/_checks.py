@@ -71,6 +71,10 @@ def param_names(cell, count, has_biases, num_layers, bidirectional) -> list[str]
 def check_zoneout(cell, zoneout) -> tuple[float, float]:
     """The probabilities for h and for c."""
     pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
+    if not all(isinstance(p, (int, float)) for p in pair):
+        raise TypeError(
+            f"fastseq.{cell}: expected zoneout as a number or a pair of numbers, got {zoneout!r}"
+        )
     if len(pair) != 2 or not all(0 <= p <= 1 for p in pair):
         raise ValueError(
             f"fastseq.{cell}: expected zoneout between 0 and 1, one or a pair, got {zoneout}"

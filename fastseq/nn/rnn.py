@@ -42,6 +42,7 @@ class _FastLayer:
             name_forward(cls, _FastLayer.forward)
 
     zoneout: tuple[float, float] = NO_ZONEOUT
+    """May be set anew, to one number too."""
     recompute = False
     """Set it to keep less for the backward pass, at the price of running forward twice."""
 
@@ -143,6 +144,11 @@ class _FastLayer:
             settings, states, rows, hx, weights, False, layers, dropout, *packing
         )
         return done and (PackedSequence(done[0], *packing), done[1])
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(
+            name, check_zoneout(self.cell_name, value) if name == "zoneout" else value
+        )
 
     cell_name: str
     """Of the cell, a key of fastseq.reference.rnn.CELLS."""
@@ -262,7 +268,7 @@ class LSTM(_FastLayer, torch.nn.LSTM):
 
     def __init__(self, *args, zoneout: float | tuple[float, float] = 0.0, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.zoneout = check_zoneout("lstm", zoneout)
+        self.zoneout = zoneout
 
 
 class GRU(_FastLayer, torch.nn.GRU):
@@ -277,7 +283,7 @@ class GRU(_FastLayer, torch.nn.GRU):
 
     def __init__(self, *args, zoneout: float = 0.0, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.zoneout = check_zoneout("gru", zoneout)
+        self.zoneout = zoneout
 
 
 class RNN(_FastLayer, torch.nn.RNN):

@@ -274,3 +274,27 @@ def test_zoneout(cell):
         weights = list(module.parameters())
         fn = getattr(functional, cell)
         assert torch.equal(fn(x, None, weights, *options, train, zoneout=0.3)[0], found)
+
+
+def test_zoneout_may_be_set_anew():
+    module, x = nn.LSTM(3, 5).eval(), torch.randn(4, 2, 3)
+    module.zoneout = 0.1
+    assert "zoneout=(0.1, 0.1)" in repr(module)
+    given = nn.LSTM(3, 5, zoneout=0.1).eval()
+    given.load_state_dict(module.state_dict())
+    assert torch.equal(module(x)[0], given(x)[0])
+    module.zoneout = 0
+    assert "zoneout" not in repr(module)
+
+
+@pytest.mark.parametrize("bad", ["a", None, torch.tensor(0.1), (0.1, "a"), [torch.tensor(0.1)] * 2])
+def test_a_zoneout_that_is_no_number_is_refused(bad):
+    said = pytest.raises(TypeError, match="fastseq.lstm: expected zoneout as a number")
+    module = nn.LSTM(3, 5, zoneout=0.1)
+    with said:
+        nn.LSTM(3, 5, zoneout=bad)
+    with said:
+        module.zoneout = bad
+    with said:
+        functional.lstm(torch.randn(4, 2, 3), None, list(module.parameters()), zoneout=bad)
+    assert module.zoneout == (0.1, 0.1)
