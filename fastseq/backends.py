@@ -142,10 +142,28 @@ def torch_is_faster(
         lowered = x.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if lowered else x.dtype
         # oneDNN multiplies bfloat16 as it stands then; else it takes three times what the kernels
-        # need in float32, conversions included.
-        if dtype is torch.bfloat16 and (units := bfloat16_units()) and not _beyond(options):
+        # need in float32, conversions included. What it does not serve, torch runs step by step.
+        if dtype is torch.bfloat16 and (units := bfloat16_units()) and _for_onednn(params, options):
             return f"torch's LSTM is faster in bfloat16 on a CPU with {units[0]}"
     return None
+
+
+def _for_onednn(params, options) -> bool:
+    """Whether torch hands an LSTM's call on a CPU to oneDNN."""
+    if options is None:
+        # A module's weights alone, which project h to fewer units than H or not at all.
+        return not params or 4 * params[1].shape[1] == params[0].shape[0]
+    even = _of_one_length(options.batch_sizes)
+    return even and not _beyond(options) and not _projects("lstm", params, options)
+
+
+def _of_one_length(batch_sizes: Tensor | None) -> bool:
+    return batch_sizes is None or not len(batch_sizes) or bool(batch_sizes[0] == batch_sizes[-1])
+
+
+def _projects(cell, params, options) -> bool:
+    sides = options.num_layers * (2 if options.bidirectional else 1)
+    return len(params) // sides > 2 + 2 * options.has_biases + len(_REFERENCE[cell].extras)
 
 
 def _beyond(options) -> str:
@@ -205,8 +223,7 @@ class _GpuCall(NamedTuple):
         else:
             T, B = len(sizes), int(sizes[0]) if len(sizes) else 0
         directions = 2 if options.bidirectional else 1
-        own = 2 + 2 * options.has_biases + len(_REFERENCE[cell].extras)
-        projected = len(params) // (layers * directions) > own
+        projected = _projects(cell, params, options)
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
         needed = torch._C._any_requires_grad(x, *states, *params)
         mode = "train" if torch.is_grad_enabled() and needed else "inf"
@@ -454,8 +471,7 @@ def attention_explanation(op: str, query: Tensor, *rest: Tensor) -> Explanation:
 def autocast_dtype(cell: str, x: Tensor, batch_sizes: Tensor | None) -> torch.dtype:
     """What torch's own layer returns under autocast on the CPU, given x. (Of an LSTM, oneDNN serves
     what has rows of one length.)"""
-    even = batch_sizes is None or not len(batch_sizes) or bool(batch_sizes[0] == batch_sizes[-1])
-    lowered = cell.startswith("rnn") or ("lstm" in cell and even)
+    lowered = cell.startswith("rnn") or ("lstm" in cell and _of_one_length(batch_sizes))
     return torch.get_autocast_dtype("cpu") if lowered else x.dtype
 
 

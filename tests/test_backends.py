@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastseq.kernels import attention as triton_kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.rnn import pack_sequence
 
 import fastseq
 from fastseq import _native, backends, functional, nn
@@ -80,7 +81,7 @@ def test_explain_of_what_torch_could_not_run(proj_size, monkeypatch):
         assert fastseq.explain(module, x, **more).backend == "cpu"
     zoned, _ = lstm_and_input(torch.bfloat16, proj_size=proj_size, zoneout=0.2)
     assert fastseq.explain(zoned, x).backend == "cpu"
-    assert fastseq.explain(module, x).backend == "torch"
+    assert fastseq.explain(module, x).backend == ("cpu" if proj_size else "torch")
 
 
 @native
@@ -122,6 +123,42 @@ def test_bfloat16_lstm_goes_to_torch_where_the_cpu_multiplies_it(units, autocast
         assert torch.equal(found[0], expected[0]) and run == ["_by_torch"]
     else:
         assert said.backend == "cpu" and run == ["stack"]
+
+
+ROWS = [torch.randn(5, 4), torch.randn(5, 4)]
+# Arguments of the module, its input, whether torch hands it to oneDNN.
+BY_ONEDNN = {
+    "padded": ({}, torch.stack(ROWS, 1), True),
+    "packed": ({}, pack_sequence([ROWS[0], ROWS[1][:3]]), False),
+    "packed, of one length": ({}, pack_sequence(ROWS), True),
+    "projected": ({"proj_size": 3}, torch.stack(ROWS, 1), False),
+    "projected, stacked": (
+        {"proj_size": 3, "num_layers": 2, "bias": False}, torch.stack(ROWS, 1), False
+    ),
+}  # fmt: skip
+
+
+@native
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", BY_ONEDNN)
+def test_only_what_onednn_serves_goes_to_torch(name, autocast, monkeypatch):
+    options, x, served = BY_ONEDNN[name]
+    dtype = torch.float32 if autocast else torch.bfloat16
+    theirs = torch.nn.LSTM(4, 6, **options, dtype=dtype)
+    module = nn.LSTM(4, 6, **options, dtype=dtype)
+    x = x.to(dtype)
+    monkeypatch.setattr(backends, "bfloat16_units", lambda: ("AMX",))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            expected = theirs(x)[0].data.dtype
+        assert served == any("mkldnn_rnn" in event.key for event in seen.key_averages())
+        assert fastseq.explain(module, x).backend == ("torch" if served else "cpu")
+        if name != "packed":
+            assert fastseq.explain(module).backend == ("torch" if served else "cpu")
+        monkeypatch.setattr(torch.nn.LSTM, "forward", lambda *_: "torch's")
+        found = module(x)
+    assert (found == "torch's") == served
+    assert served or found[0].data.dtype is expected
 
 
 @native
