@@ -1,8 +1,8 @@
 """What fastseq is measured against besides torch's eager modules, each built from one of those.
 
-A baseline is a function from that module and a mode to something called with x [T, B, I]; it
-returns None where it is not installed or cannot run the mode, and raises Refused where it was
-asked and would not. Baselines run after the pair of fastseq and torch, not between them: a thread
+A baseline is a function from that module and what is measured to something called with x [T, B, I];
+it returns None where it has no such layer, and raises Untimed where it has, and does not run it.
+Baselines run after the pair of fastseq and torch, not between them: a thread
 pool that spins while it waits, as ONNX Runtime's does, takes the cores from whoever comes next.
 """
 
@@ -13,35 +13,49 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["COMPILE", "OTHERS", "Baseline", "Refused", "compiled", "onnxruntime"]
+from benchmarks.shapes import Measurement
 
-Baseline = Callable[[torch.nn.Module, str], Callable[..., object] | None]
+__all__ = ["BASELINES", "Baseline", "Missing", "Refused", "Untimed", "compiled", "onnxruntime"]
+
+Baseline = Callable[[torch.nn.Module, Measurement], Callable[..., object] | None]
 
 # Order of the gates in ONNX, as places in torch's, by operator.
 _ONNX_GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 
 
-class Refused(RuntimeError):
-    """The baseline cannot run this module; the text says why."""
+class Untimed(RuntimeError):
+    """The baseline does not run this module; the text says why, ``word`` in short."""
+
+    word: str
 
 
-def onnxruntime(module: torch.nn.Module, mode: str) -> Callable[[Tensor], object] | None:
+class Refused(Untimed):
+    """It was asked, and would not."""
+
+    word = "refused"
+
+
+class Missing(Untimed):
+    """It is not installed."""
+
+    word = "missing"
+
+
+def onnxruntime(module: torch.nn.Module, m: Measurement) -> Callable[[Tensor], object] | None:
     """ONNX Runtime's LSTM or GRU operator, on as many threads as torch; inference only.
 
     Its arithmetic is float32, its gates are ordered i, o, f, g and z, r, n, and the two biases lie
     end to end.
     """
     kind = type(module).__name__
-    if mode != "inf" or kind not in _ONNX_GATES or module.num_layers != 1:
-        return None
-    if module.bidirectional or module.proj_size or module.weight_hh_l0.dtype != torch.float32:
+    if (m.group, m.variant, m.mode) != ("layers", "", "inf") or kind not in _ONNX_GATES:
         return None
     try:
         import onnx
         import onnxruntime as ort
         from onnx import TensorProto, helper, numpy_helper
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise Missing(f"{error}; pip install -r benchmarks/requirements.txt") from error
 
     def reordered(weight: Tensor) -> Tensor:
         gates = weight.detach().chunk(len(_ONNX_GATES[kind]))
@@ -74,26 +88,34 @@ def onnxruntime(module: torch.nn.Module, mode: str) -> Callable[[Tensor], object
     return lambda x: (torch.from_numpy(session.run(None, {"x": x.numpy()})[0][:, 0]),)
 
 
-def compiled(module: torch.nn.Module, mode: str) -> Callable[..., object]:
-    """The module through torch.compile, in one graph; its first call compiles, for minutes.
+def compiled(module: torch.nn.Module, m: Measurement) -> Callable[..., object]:
+    """The module through torch.compile, in one graph; its first call compiles, for seconds.
 
     The caller makes that call outside any timing; it raises Refused where torch's compiler says
-    that it cannot trace the module, and what it likes where the compiler fails.
+    that it cannot trace the module, and what it likes where the compiler fails. It traces no layer
+    unless ``allow_rnn`` is set, as it is here for measurements to be ``compiled``. (Not in one
+    graph it would leave the layer to torch, and be the baseline.)
     """
+    from torch._dynamo import config
     from torch._dynamo.exc import Unsupported
 
     torch.compiler.reset()
-    run = torch.compile(module, fullgraph=True)
+    run, traced = torch.compile(module, fullgraph=True), False
 
     def call(*arguments: object) -> object:
-        try:
+        nonlocal traced
+        if traced:
             return run(*arguments)
+        try:
+            with config.patch(allow_rnn=m.compiled):
+                found = run(*arguments)
         except Unsupported as error:
             raise Refused(str(error).partition("\n")[0]) from error
+        traced = True
+        return found
 
     call.parameters = module.parameters
     return call
 
 
-OTHERS: dict[str, Baseline] = {"onnxruntime": onnxruntime}
-COMPILE: dict[str, Baseline] = {"compile": compiled}
+BASELINES: dict[str, Baseline] = {"onnxruntime": onnxruntime, "compile": compiled}

@@ -1,4 +1,10 @@
-"""Timing: interleaved, adaptive, honest about the machine it ran on."""
+"""Timing: interleaved, adaptive, honest about the machine it ran on.
+
+A machine that others share changes its speed from second to second, by more than two sides differ.
+They are therefore compared within a round, where their samples stand next to each other in time:
+a ratio is the median over the rounds of one side's sample by the other's, not the ratio of two
+medians, each of which may come from another moment.
+"""
 
 from __future__ import annotations
 
@@ -19,34 +25,63 @@ import torch
 
 from fastseq import _native, backends
 
-__all__ = ["Timing", "busy", "interleaved", "machine", "peak_gflops"]
+__all__ = ["Samples", "busy", "interleaved", "machine", "matmul_precision", "peak_gflops"]
 
 # A sample shorter than this would measure the clock and the interpreter's jitter.
 SAMPLE_SECONDS = 5e-3
 # OpenMP's workers spin for up to 20 ms after a parallel region before they sleep, and take half a
 # core from whoever runs next on its hyper-thread: one side must not be timed under the other's.
 SETTLE_SECONDS = 25e-3
+# What wakes its workers and fills its caches (about 1 ms) in less than a part in a hundred of its
+# time needs no call beforehand.
+LONG_SECONDS = 0.1
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 1000
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds a call: median and quartiles over the rounds."""
+class Samples:
+    """One a round, in the order of the rounds: seconds a call, or how two calls compare."""
 
-    median: float
-    low: float
-    high: float
-    rounds: int
+    values: tuple[float, ...]
 
-    @classmethod
-    def of(cls, samples: list[float]) -> Timing:
-        low, median, high = quantiles(samples, n=4, method="inclusive")
-        return cls(median, low, high, len(samples))
+    def _quartile(self, place: int) -> float:
+        return quantiles(self.values, n=4, method="inclusive")[place]
+
+    @property
+    def low(self) -> float:
+        return self._quartile(0)
+
+    @property
+    def median(self) -> float:
+        return self._quartile(1)
+
+    @property
+    def high(self) -> float:
+        return self._quartile(2)
 
     @property
     def spread(self) -> float:
         """Distance between the quartiles as a part of the median."""
         return (self.high - self.low) / self.median
+
+    def times(self, calls: int) -> Samples:
+        """Of so many such calls one after the other."""
+        return Samples(tuple(calls * value for value in self.values))
+
+    def over(self, other: Samples) -> Samples:
+        """These by the other's of the same rounds."""
+        return Samples(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Inside, torch's switch of float32 products stands at ``name``."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
@@ -68,7 +103,7 @@ def _seconds(call: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def interleaved(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
+def interleaved(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Samples]:
     """Time every call in turn, round after round, so that all meet the same machine.
 
     Args:
@@ -76,16 +111,19 @@ def interleaved(calls: dict[str, Callable[[], object]], seconds: float) -> dict[
         seconds: time to spend in all, warm-up included; each call gets at least 7 samples.
 
     Returns:
-        A Timing for each name, over equally many rounds.
+        Samples for each name, over the same rounds.
     """
     start = time.perf_counter()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with _without_garbage_collection():
-        repeat = {}
+        repeat, warm = {}, {}
         for name, call in calls.items():
-            once = min(_seconds(call, 1) for _ in range(3))
+            once = _seconds(call, 1)
+            once = min(once, *(_seconds(call, 1) for _ in range(1 if once > LONG_SECONDS else 2)))
             repeat[name] = max(1, math.ceil(SAMPLE_SECONDS / once))
-            _seconds(call, repeat[name])
+            warm[name] = once <= LONG_SECONDS
+            if warm[name]:
+                _seconds(call, repeat[name])
         order = list(calls)
         for round_number in range(MOST_ROUNDS):
             if round_number >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
@@ -93,10 +131,11 @@ def interleaved(calls: dict[str, Callable[[], object]], seconds: float) -> dict[
             # What runs first finds the caches of the last; take turns at that too.
             for name in order if round_number % 2 else reversed(order):
                 time.sleep(SETTLE_SECONDS)
-                # Wakes this side's own workers and fills its caches.
-                _seconds(calls[name], 1)
+                if warm[name]:
+                    # Wakes this side's own workers and fills its caches.
+                    _seconds(calls[name], 1)
                 samples[name].append(_seconds(calls[name], repeat[name]))
-    return {name: Timing.of(times) for name, times in samples.items()}
+    return {name: Samples(tuple(times)) for name, times in samples.items()}
 
 
 def peak_gflops(seconds: float = 0.1) -> float:

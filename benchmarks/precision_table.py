@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from benchmarks.measure import matmul_precision
 from fastseq import _native, nn
 from fastseq.testing import recurrent_case, run_with_grads
 
@@ -34,16 +35,12 @@ def errors(row: str) -> list[float]:
     exact = case.to(torch.float64)
     truth = run_with_grads(exact.reference(), exact.inputs, exact.cotangents, names=case.names)
     layer, found = case.module(MODULES[cell]), []
-    before = torch.get_float32_matmul_precision()
-    try:
-        for precision in PRECISIONS:
-            torch.set_float32_matmul_precision(precision)
+    for precision in PRECISIONS:
+        with matmul_precision(precision):
             got = run_with_grads(layer, case.inputs, case.cotangents, names=case.names)
-            off = {n: float((got[n].double() - t).norm() / t.norm()) for n, t in truth.items()}
-            found.append(max(off[name] for name in case.names))
-            found.append(max(e for name, e in off.items() if name not in case.names))
-    finally:
-        torch.set_float32_matmul_precision(before)
+        off = {n: float((got[n].double() - t).norm() / t.norm()) for n, t in truth.items()}
+        found.append(max(off[name] for name in case.names))
+        found.append(max(e for name, e in off.items() if name not in case.names))
     return found
 
 

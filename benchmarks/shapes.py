@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["CELLS", "GROUPS", "MODES", "Measurement", "measurements", "select"]
 
 MODES = ("train", "inf")
-GROUPS = ("layers", "packed", "stacked", "cells", "bf16")
+GROUPS = ("layers", "packed", "stacked", "cells", "bf16", "high")
 # Gates of each cell; the keys are those of fastseq.testing.recurrent_case.
 CELLS = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 
@@ -39,16 +39,31 @@ PACKED = {
     ("gru", "inf"): (None,) * 6,
 }
 CELL_SIZES = ((1, 64, 16, 32), (1, 32, 256, 256), (1, 1, 256, 256))
-# Large enough to be a layer, small enough for a run of all to stay short.
-SOME = tuple(SIZES[i] for i in (0, 1, 6, 8))
-BF16 = (
-    ("lstm", SIZES[3], "train", 2.2),
-    ("lstm", SIZES[3], "inf", 1.4),
-    ("gru", SIZES[3], "train", 4),
-    ("gru", SIZES[3], "inf", 2.2),
-    ("lstm", SIZES[1], "train", 1.6),
-    ("gru", SIZES[1], "train", 4),
-)
+# Fewer bits on request: (cell, sizes, mode, target) by group.
+LOWERED = {
+    "bf16": (
+        ("lstm", SIZES[3], "train", 2.2),
+        ("lstm", SIZES[3], "inf", 1.4),
+        ("gru", SIZES[3], "train", 4),
+        ("gru", SIZES[3], "inf", 2.2),
+        ("lstm", SIZES[1], "train", 1.6),
+        ("gru", SIZES[1], "train", 4),
+    ),
+    "high": (("lstm", SIZES[3], "train", 2.5), ("lstm", SIZES[3], "inf", 2.0)),
+}
+# Left out of short runs: (group, sizes).
+LONG = {("stacked", SIZES[2]), ("stacked", SIZES[3]), ("stacked", SIZES[5])}
+# What torch.compile is to unroll, by (cell, group, variant, mode), beside all cells. It compiles
+# step by step, a layer in 3 to 18 s at T = 5, and at T = 50 an LSTM's training in over a minute, a
+# GRU's inference in 31 s; but an LSTM's inference is one operator of oneDNN's, 1 s at any T.
+COMPILED = {
+    ("lstm", "layers", "", "train"): SIZES[:1],
+    ("lstm", "layers", "", "inf"): SIZES,
+    ("gru", "layers", "", "train"): SIZES[:1],
+    ("gru", "layers", "", "inf"): SIZES[:1],
+    ("rnn_tanh", "layers", "", "train"): SIZES[:1],
+    ("rnn_tanh", "layers", "", "inf"): SIZES[:1],
+}
 FULL_COST = 0.6  # of padded, at most, for packed rows half full
 LONG_COST = 10.5  # of T = 400, at most, for T = 4000
 
@@ -59,8 +74,8 @@ class Measurement:
 
     ``variant`` says what sets it apart in its group. ``baseline`` is what the time is compared
     with: torch, or for the cost of packing and of length another call of fastseq's own.
-    ``geomean`` marks a target for the geometric mean of all measurements of the cell, variant and
-    group, not for this one.
+    ``target_of`` says what the target is for: this "row", the "geomean" of all measurements of the
+    cell, variant and group, or the "float32 row" of the same sizes, which this one then repeats.
     """
 
     cell: str
@@ -70,7 +85,7 @@ class Measurement:
     target: float | None = None
     variant: str = ""
     baseline: str = "torch"
-    geomean: bool = False
+    target_of: str = "row"
 
     @property
     def label(self) -> str:
@@ -83,6 +98,26 @@ class Measurement:
     @property
     def dtype(self) -> str:
         return "bfloat16" if self.group == "bf16" else "float32"
+
+    @property
+    def precision(self) -> str:
+        """Torch's switch of float32 products."""
+        return "high" if self.group == "high" else "highest"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile is to unroll its time loop."""
+        key = self.cell, self.group, self.variant, self.mode
+        return self.group == "cells" or self.sizes in COMPILED.get(key, ())
+
+    @property
+    def long(self) -> bool:
+        return (self.group, self.sizes) in LONG
+
+    def in_float32(self) -> Measurement:
+        """This one where there is nothing faster: its target is that of plain float32."""
+        target = dict(zip(SIZES, SINGLE[self.cell, self.mode], strict=True))[self.sizes]
+        return replace(self, target=target, target_of="float32 row")
 
     @property
     def options(self) -> dict[str, object]:
@@ -114,9 +149,9 @@ def measurements() -> Iterator[Measurement]:
     for (cell, mode), targets in SINGLE.items():
         for sizes, target in zip(SIZES, targets, strict=True):
             yield Measurement(cell, "layers", sizes, mode, target)
-    for sizes in SOME:
+    for sizes in SIZES:
         for mode in MODES:
-            yield Measurement("rnn_tanh", "layers", sizes, mode, 1.5, geomean=True)
+            yield Measurement("rnn_tanh", "layers", sizes, mode, 1.5, target_of="geomean")
         yield Measurement("lstm", "layers", sizes, "train", 1.8, "proj")
     for (cell, mode), targets in PACKED.items():
         for sizes, target in zip(SIZES, targets, strict=False):
@@ -129,21 +164,24 @@ def measurements() -> Iterator[Measurement]:
             )
     for variant in ("bidirectional", "two layers"):
         for (cell, mode), targets in SINGLE.items():
-            for sizes in SOME:
-                target = targets[SIZES.index(sizes)]
+            for sizes, target in zip(SIZES, targets, strict=True):
                 yield Measurement(cell, "stacked", sizes, mode, target, variant)
     for cell in ("lstm", "gru"):
         for sizes in CELL_SIZES:
             for mode in MODES:
-                yield Measurement(cell, "cells", sizes, mode, 2.5, "cell", geomean=True)
-    for cell, sizes, mode, target in BF16:
-        yield Measurement(cell, "bf16", sizes, mode, target)
+                yield Measurement(cell, "cells", sizes, mode, 2.5, "cell", target_of="geomean")
+    for group, rows in LOWERED.items():
+        for cell, sizes, mode, target in rows:
+            yield Measurement(cell, group, sizes, mode, target)
 
 
-def select(cells: str = "all", groups: str = "all", rows: str = "all") -> list[Measurement]:
+def select(
+    cells: str = "all", groups: str = "all", rows: str = "all", quick: bool = False
+) -> list[Measurement]:
     """The measurements of these cells and groups; of those, the rows by number from 1.
 
-    Modes of one cell, variant and size stand together.
+    Modes of one cell, variant and size stand together. With ``quick`` the long ones are left out,
+    unless a number names them.
 
     Raises:
         ValueError: no such cell, group or row.
@@ -161,7 +199,8 @@ def select(cells: str = "all", groups: str = "all", rows: str = "all") -> list[M
     for m in chosen:
         places.setdefault((m.group, m.cell, m.variant, m.sizes), []).append(m)
     if rows == "all":
-        return [m for together in places.values() for m in together]
+        together = [m for modes in places.values() for m in modes]
+        return [m for m in together if not (quick and m.long)]
     picked = []
     for word in rows.split(","):
         if not word.strip().isdigit() or not 1 <= int(word) <= len(places):

@@ -12,10 +12,13 @@ from torch.nn.utils.rnn import PackedSequence
 from benchmarks.shapes import Measurement
 from fastseq import nn
 from fastseq.testing import (
+    LOWERED,
     RecurrentCase,
     assert_close_to_reference,
+    assert_lowered_close,
     assert_matches,
     recurrent_case,
+    run_with_grads,
 )
 
 __all__ = ["Subject", "class_name", "subject", "verify", "verify_results"]
@@ -119,7 +122,7 @@ def verify(m: Measurement, tested: Subject | None = None) -> None:
     """Raise AssertionError unless every output and gradient keeps the error budget.
 
     Args:
-        m: whose modules run.
+        m: whose modules run, torch's switch of precision standing as it says.
         tested: on what; by default the measurement's own subject.
     """
     tested = tested or subject(m)
@@ -128,6 +131,13 @@ def verify(m: Measurement, tested: Subject | None = None) -> None:
         sides = [_cell_function(case, tested.module(side)) for side in ("fastseq", "torch")]
     else:
         sides = [case.module(getattr(home, class_name(m))) for home in (nn, torch.nn)]
+    what = f"{m.group} {case}"
+    if m.precision in LOWERED:
+        exact = case.to(torch.float64)
+        truth = run_with_grads(exact.reference(), exact.inputs, exact.cotangents, names=case.names)
+        found = run_with_grads(sides[0], case.inputs, case.cotangents, names=case.names)
+        assert_lowered_close(found, truth, m.precision, what=what)
+        return
     assert_matches(
         sides[0],
         case.reference(),
@@ -135,7 +145,7 @@ def verify(m: Measurement, tested: Subject | None = None) -> None:
         case.inputs,
         case.cotangents,
         names=case.names,
-        what=f"{m.group} {case}",
+        what=what,
     )
 
 
