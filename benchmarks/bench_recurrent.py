@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     warning = busy()
     if warning:
         console.print(f"[yellow]These timings will mislead: {warning}.")
-    about = machine() | {"high": tiles() or "float32, no AMX", "load": warning or "idle"}
+    about = machine() | {"high": tiles() or "float32, without AMX", "load": warning or "idle"}
     console.print(", ".join(f"{key}: {value}" for key, value in about.items()))
 
     seconds = QUICK_SECONDS if arguments.quick else SECONDS

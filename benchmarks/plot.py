@@ -71,7 +71,9 @@ def speedups(results: Path, picture: Path, title: str) -> None:
         frameon=False,
         fontsize=8,
     )
-    axes.set_xlabel("baseline's time over fastseq's (median); rows: group or variant: T, B, I, H")
+    axes.set_xlabel(
+        "baseline's time over fastseq's (median of rounds); rows: group or variant: T, B, I, H"
+    )
     facts = [about.get("cpu", ""), f"{about.get('threads')} threads", about.get("isa", "")]
     facts.append(f"torch {about.get('torch')}")
     figure.suptitle(f"{title}\n{', '.join(facts)}", fontsize=9)
