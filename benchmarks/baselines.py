@@ -110,7 +110,8 @@ def compiled(module: torch.nn.Module, m: Measurement) -> Callable[..., object]:
             with config.patch(allow_rnn=m.compiled):
                 found = run(*arguments)
         except Unsupported as error:
-            raise Refused(str(error).partition("\n")[0]) from error
+            left = "" if m.compiled else "; unrolled only as shapes.COMPILED says: it takes minutes"
+            raise Refused(str(error).partition("\n")[0] + left) from error
         traced = True
         return found
 

@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     console = Console()
     if not console.is_terminal:
-        console.width = 130
+        console.width = 150
     try:
         chosen = shapes.select(arguments.cells, arguments.group, arguments.rows, arguments.quick)
         if arguments.threads is not None:
