@@ -11,7 +11,6 @@ quite that of the two medians, which stand beside it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import sys
 from dataclasses import dataclass, field
@@ -173,7 +172,7 @@ def measure(m: shapes.Measurement, seconds: float) -> Row:
     before = peak_gflops(PEAK_SECONDS)
     times = interleaved(pair, seconds)
     peak = (before + peak_gflops(PEAK_SECONDS)) / 2
-    times["baseline"] = times["baseline"].times(calls)
+    times["baseline"] = times["baseline"].scaled(calls)
     row = Row(m, tested.tokens, times=times, peak=peak)
     if m.baseline != "torch":
         return row
@@ -242,8 +241,7 @@ def measured(chosen: list[shapes.Measurement], seconds: float, console: Console)
         for m in chosen:
             progress.update(task, description=f"{m.group}: {m.name} {m.label} {m.mode}")
             key = (m.group, m.cell, m.variant, m.sizes)
-            lowered = m.precision != "highest"
-            with matmul_precision(m.precision) if lowered else contextlib.nullcontext():
+            with matmul_precision(m.precision):
                 try:
                     if key not in answers:
                         answers[key] = ""

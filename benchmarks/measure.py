@@ -66,7 +66,7 @@ class Samples:
         """Distance between the quartiles as a part of the median."""
         return (self.high - self.low) / self.median
 
-    def times(self, calls: int) -> Samples:
+    def scaled(self, calls: int) -> Samples:
         """Of so many such calls one after the other."""
         return Samples(tuple(calls * value for value in self.values))
 

@@ -40,7 +40,7 @@ PACKED = {
 }
 CELL_SIZES = ((1, 64, 16, 32), (1, 32, 256, 256), (1, 1, 256, 256))
 # Fewer bits on request: (cell, sizes, mode, target) by group.
-LOWERED = {
+FEWER_BITS = {
     "bf16": (
         ("lstm", SIZES[3], "train", 2.2),
         ("lstm", SIZES[3], "inf", 1.4),
@@ -170,7 +170,7 @@ def measurements() -> Iterator[Measurement]:
         for sizes in CELL_SIZES:
             for mode in MODES:
                 yield Measurement(cell, "cells", sizes, mode, 2.5, "cell", target_of="geomean")
-    for group, rows in LOWERED.items():
+    for group, rows in FEWER_BITS.items():
         for cell, sizes, mode, target in rows:
             yield Measurement(cell, group, sizes, mode, target)
 

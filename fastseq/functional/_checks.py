@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def param_names(cell, count, has_biases, num_layers, bidirectional) -> list[str]
 def check_zoneout(cell, zoneout) -> tuple[float, float]:
     """The probabilities for h and for c."""
     pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
-    if not all(isinstance(p, (int, float)) for p in pair):
+    if not all(isinstance(p, (int, float, numbers.Real)) for p in pair):
         raise TypeError(
             f"fastseq.{cell}: expected zoneout as a number or a pair of numbers, got {zoneout!r}"
         )

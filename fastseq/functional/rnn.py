@@ -337,16 +337,17 @@ def _zoneout_masks(cell, x, weights, directions, zoneout, train):
     return tuple(masks)
 
 
-def as_matrix(cell, weights, has_biases, directions):
-    """A cell's own weights as the op takes them: of each direction one matrix, H wide."""
+def as_matrix(cell, weights, has_biases, sides):
+    """A cell's own weights as the op takes them: of each side, a direction of a layer, one matrix,
+    H wide."""
     kind = _reference.CELLS[cell]
     if len(kind.extras) < 2:
         return weights
-    per_side, H = len(weights) // directions, weights[0].shape[0] // kind.gates
+    per_side, H = len(weights) // sides, weights[0].shape[0] // kind.gates
     first = 4 if has_biases else 2
     matrices = []
-    for d in range(directions):
-        side = weights[d * per_side : (d + 1) * per_side]
+    for i in range(sides):
+        side = weights[i * per_side : (i + 1) * per_side]
         own = zip(side[first:], kind.extras.values(), strict=False)
         own = [w.reshape(math.prod(shape(1)), H) for w, shape in own]
         matrices += [*side[:first], torch.cat(own), *side[first + len(kind.extras) :]]

@@ -48,9 +48,15 @@ def gradients(
     with torch.enable_grad():
         # Views of their own: gradients must stop at this call's inputs, which may share a past.
         inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
+        # An output may depend on nothing that wants a gradient: final states on no weight of a
+        # projection, say.
         pairs = [
-            (o, c) for o, c in zip(reference(*inputs), cotangents, strict=False) if c is not None
+            (o, c)
+            for o, c in zip(reference(*inputs), cotangents, strict=False)
+            if c is not None and o.requires_grad
         ]
+        if not pairs:
+            return [None] * len(inputs)
         chosen = [i for i, tensor in enumerate(inputs) if tensor is not None and need[i]]
         found = torch.autograd.grad(
             [o for o, _ in pairs],

@@ -257,7 +257,7 @@ def test_the_sides_of_a_round_are_timed_next_to_each_other(monkeypatch):
     a, b = times["a"], times["b"]
     assert a.values[-1] > 5 * a.values[0]
     assert b.over(a).median == pytest.approx(1.5, rel=0.25)
-    assert a.times(10).median == pytest.approx(10 * a.median)
+    assert a.scaled(10).median == pytest.approx(10 * a.median)
 
 
 def test_fewer_bits_without_units_for_them_are_judged_as_float32(bench, monkeypatch):

@@ -43,6 +43,18 @@ def scores(name):
     return getattr(functional, name), [query, keys, values, *more]
 
 
+def projection_alone():
+    """c after one step depends on no weight of the projection."""
+    module = nn.LSTM(E, H, proj_size=2).double().requires_grad_(False)
+    x = torch.randn(1, B, E, dtype=torch.float64)
+    return lambda _: module(x), [module.weight_hr_l0]
+
+
+def values_alone():
+    call, (query, keys, values, v) = scores("additive_attention")
+    return lambda values: call(query, keys, values, v), [values]
+
+
 def decoder(**options):
     case = decoder_case("lstm", dtype=torch.float64, **options)
     return case.function(functional), list(case.inputs.values())
@@ -68,6 +80,8 @@ CALLS = {
     "recomputed": lambda: recurrent("lstm", recompute=True),
     "additive attention": lambda: scores("additive_attention"),
     "dot attention": lambda: scores("dot_attention"),
+    "lstm, the projection alone": projection_alone,
+    "additive attention, values alone": values_alone,
     "decoder": decoder,
     "decoder of tokens": lambda: decoder(tokens=True),
     "seq2seq": seq2seq,
@@ -130,6 +144,19 @@ def test_a_cotangents_tangent_goes_through(name, eager):
         primals, pushed = zip(*map(forward_ad.unpack_dual, found), strict=True)
     assert_same(primals, find(cotangents))
     assert_same(pushed, find(tangents))
+
+
+@pytest.mark.parametrize("call", [projection_alone, values_alone])
+def test_an_output_without_a_gradient_of_its_own_has_second_derivatives(call, eager):
+    fn, leaves = call()
+    for leaf in leaves:
+        leaf.requires_grad_()
+    for out in flat(fn(*leaves)):
+        find = functools.partial(
+            torch.autograd.grad, out, leaves, torch.ones_like(out), materialize_grads=True
+        )
+        want = find(retain_graph=True)
+        assert_same(find(create_graph=True), want)
 
 
 @every_call

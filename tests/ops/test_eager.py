@@ -298,6 +298,11 @@ ROWS, SIZES = torch.randn(5, 4), torch.tensor([2, 2, 1])
 PACKED = dict(x=ROWS, hx=None, sizes=SIZES, layers=1)
 
 
+def packed_call(x, hx, sizes, layers):
+    weights = list(GRU.parameters())
+    return op.eager.layer(SETTINGS, 1, x, hx, weights, False, layers, 0.0, sizes, None, None)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -312,24 +317,37 @@ PACKED = dict(x=ROWS, hx=None, sizes=SIZES, layers=1)
         dict(sizes=SIZES[:0]),
         dict(sizes=None),
         dict(sizes=SIZES.to("meta")),
-        dict(layers=2),
         dict(layers=0),
         dict(layers=3),
     ],
 )
 def test_packed_rows_that_do_not_fit_are_left(change):
-    def call(x, hx, sizes, layers):
-        weights = list(GRU.parameters())
-        return op.eager.layer(SETTINGS, 1, x, hx, weights, False, layers, 0.0, sizes, None, None)
+    assert packed_call(**PACKED) is not None
+    assert packed_call(**PACKED | dict(hx=torch.randn(1, 2, 6))) is not None
+    assert packed_call(**PACKED | change) is None
 
-    assert call(**PACKED) is not None
-    assert call(**PACKED | dict(hx=torch.randn(1, 2, 6))) is not None
-    if change == dict(layers=2):
-        # (Four weights are two layers' without biases: of shapes that do not fit.)
-        with pytest.raises(RuntimeError, match="fastseq.recurrent_fwd: expected"):
-            call(**PACKED | change)
-    else:
-        assert call(**PACKED | change) is None
+
+def test_four_weights_are_two_layers_without_biases():
+    with pytest.raises(RuntimeError, match="fastseq.recurrent_fwd: expected"):
+        packed_call(**PACKED | dict(layers=2))
+
+
+@pytest.mark.parametrize("dropout", [-0.5, float("nan"), 1.5])
+def test_a_dropout_set_wrong_later_is_refused(dropout):
+    module, x = nn.LSTM(4, 6, num_layers=2, dropout=0.1), torch.randn(5, 3, 4)
+    module.dropout = dropout
+    with pytest.raises((RuntimeError, ValueError), match="dropout"):
+        module(x)
+
+
+def test_states_that_were_not_given_are_not_put_in_order():
+    """An order of the wrong length is of no matter to them, as in torch."""
+    ours, torchs = nn.LSTM(4, 6), torch.nn.LSTM(4, 6)
+    ours.load_state_dict(torchs.state_dict())
+    rows = torch.nn.utils.rnn.PackedSequence(ROWS, SIZES, torch.tensor([0]), torch.tensor([0]))
+    for found, want in zip(ours(rows)[1], torchs(rows)[1], strict=True):
+        assert found.shape == want.shape
+        assert torch.allclose(found, want, atol=1e-6)
 
 
 def test_weights_that_do_not_fit_are_an_error_in_the_ops_words():

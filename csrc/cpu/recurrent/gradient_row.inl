@@ -17,6 +17,7 @@ struct GradientRow {
   // division an i would take longer than most of what is done with the row.)
   template <class F>
   static FASTSEQ_INLINE void each_row(int64_t H, int64_t begin, int64_t end, const F& f) {
+    if (begin == end) return;
     int block = int(begin / H);
     int64_t unit = begin % H;
     for (int64_t i = begin; i < end; ++i) {
