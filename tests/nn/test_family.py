@@ -7,6 +7,7 @@ import functools
 import itertools
 import pickle
 
+import numpy
 import pytest
 import torch
 from torch.nn.utils import parametrizations, prune
@@ -282,6 +283,8 @@ def test_zoneout_may_be_set_anew():
     assert "zoneout=(0.1, 0.1)" in repr(module)
     given = nn.LSTM(3, 5, zoneout=0.1).eval()
     given.load_state_dict(module.state_dict())
+    assert torch.equal(module(x)[0], given(x)[0])
+    module.zoneout, given.zoneout = numpy.float32(0.5), 0.5
     assert torch.equal(module(x)[0], given(x)[0])
     module.zoneout = 0
     assert "zoneout" not in repr(module)
